@@ -1,0 +1,22 @@
+"""Recurrent nets: LSTM, layer-norm LSTM, HyperRNN, HyperLSTM, a fast scan over time, a character language model."""
+
+from hyperjax.recurrent.cells import LSTM, Cell
+from hyperjax.recurrent.hyper_cells import HyperLSTM, HyperRNN
+from hyperjax.recurrent.language_model import CELLS, PAPER_MODELS, LanguageModel
+from hyperjax.recurrent.layer import FastRNN
+from hyperjax.recurrent.sampling import generate
+from hyperjax.recurrent.scan import Weights, deferred_scan
+
+__all__ = [
+    "CELLS",
+    "LSTM",
+    "PAPER_MODELS",
+    "Cell",
+    "FastRNN",
+    "HyperLSTM",
+    "HyperRNN",
+    "LanguageModel",
+    "Weights",
+    "deferred_scan",
+    "generate",
+]

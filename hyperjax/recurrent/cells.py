@@ -1,0 +1,162 @@
+"""Recurrent cells: LSTM and layer-norm LSTM, and what every cell of this package has in common.
+
+Shape letters: B batch, D input features, H units.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hyperjax.recurrent.gates import layer_norm, lstm_memory, lstm_output
+from hyperjax.recurrent.scan import OUTPUT, Weights, product
+
+Array = jax.Array
+GATES = ("i", "g", "f", "o")  # input, candidate, forget, output; stored as separate arrays, never split
+
+
+def orthogonal(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    """Rows or columns orthonormal, whichever are fewer (Saxe et al., arXiv 1312.6120)."""
+    return nn.initializers.orthogonal()(key, shape, dtype)
+
+
+class Cell(nn.RNNCellBase):
+    """A cell that the fast scan can take apart; with `nn.RNN` it works as any other Flax cell does.
+
+    A subclass names its parameters in `weights` and its pointwise maths in `step`; everything else follows.
+
+    Attributes:
+      units: H, the width of the output h.
+      keep: probability of keeping a unit of the candidate tanh(g) (recurrent dropout without memory loss). Below 1 a
+        `dropout` PRNG is needed unless `deterministic`.
+      deterministic: True switches dropout off.
+      dtype: what matrix products are computed in, for example jnp.bfloat16; None is the parameters' own. The state,
+        the layer norms and the parameters stay float32.
+      param_dtype: what parameters and state are stored in.
+    """
+
+    units: int
+    keep: float = 1.0
+    deterministic: bool = False
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        if self.units < 1:
+            raise ValueError(f"units is {self.units}; a cell needs at least 1")
+        if not 0 < self.keep <= 1:
+            raise ValueError(
+                f"keep is {self.keep}, a probability of keeping a unit; choose it in (0, 1], 1 for no dropout"
+            )
+        super().__post_init__()
+
+    def weights(self, features: int) -> Weights:
+        """Creates or reads the parameters for inputs of `features` columns."""
+        raise NotImplementedError(f"{type(self).__name__}.weights")
+
+    def step(self, small: Any, carry: tuple, xp: dict, hp: dict, noise: Array | None) -> tuple:
+        """One time step after the big products: returns the new carry. A pure function of its arguments."""
+        raise NotImplementedError(f"{type(self).__name__}.step")
+
+    def state_sizes(self) -> tuple[int, ...]:
+        """The width of each array of the carry."""
+        return (self.units, self.units)
+
+    @property
+    def drops(self) -> bool:
+        return self.keep < 1 and not self.deterministic
+
+    def masks(self, key: Array, times: Array, batch: int) -> Array:
+        """Dropout masks [T, B, H], True where a unit is kept; time t draws from fold_in(key, t)."""
+
+        def draw(t):
+            return jax.random.bernoulli(jax.random.fold_in(key, t), self.keep, (batch, self.units))
+
+        return jax.vmap(draw)(times)
+
+    def scaled(self, mask: Array | None) -> Array | None:
+        return None if mask is None else mask.astype(self.param_dtype) / self.keep
+
+    def __call__(self, carry: tuple, inputs: Array) -> tuple[tuple, Array]:
+        """One step.
+
+        Args:
+          carry: tuple of [B, .] arrays; see `initialize_carry`.
+          inputs: [B, D].
+
+        Returns:
+          (new carry, h [B, H]).
+        """
+        w = self.weights(inputs.shape[-1])
+        xp = {k: product(inputs, v, self.dtype) for k, v in w.inputs.items()}
+        hp = {k: product(carry[OUTPUT], v, self.dtype) for k, v in w.recurrent.items()}
+        shape = (*inputs.shape[:-1], self.units)
+        mask = jax.random.bernoulli(self.make_rng("dropout"), self.keep, shape) if self.drops else None
+        new = self.step(w.small, carry, xp, hp, mask)
+        return new, new[OUTPUT]
+
+    @nn.nowrap
+    def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> tuple:
+        """Zeros [..., width] for each array of the state; `rng` is unused, `input_shape` is [..., D]."""
+        del rng
+        return tuple(jnp.zeros((*input_shape[:-1], n), self.param_dtype) for n in self.state_sizes())
+
+    @property
+    def num_feature_axes(self) -> int:
+        return 1
+
+
+class LSTM(Cell):
+    """LSTM, with layer norm on each gate and on the memory if asked.
+
+    y = LN(W_h h + W_x x + b) for each gate y; c' = s(f) c + s(i) dropout(tanh(g)); h' = s(o) tanh(LN(c')).
+    The carry is (c, h), as in `flax.linen.LSTMCell`.
+
+    Attributes:
+      layer_norm: normalise the four gates and the memory.
+      forget_bias: added to the forget gate; the paper gives none, public code uses 1.
+      epsilon: of the layer norms.
+
+    Reference: Ha, Dai, Le, "HyperNetworks", arXiv 1609.09106, appendix A.2 (the baselines of Table 3).
+    """
+
+    layer_norm: bool = False
+    forget_bias: float = 1.0
+    epsilon: float = 1e-3
+
+    @nn.compact
+    def weights(self, features: int) -> Weights:
+        p, H = self.param_dtype, self.units
+        inputs = {f"x_{y}": self.param(f"W_x{y}", orthogonal, (features, H), p) for y in GATES}
+        recurrent = {f"h_{y}": self.param(f"W_h{y}", orthogonal, (H, H), p) for y in GATES}
+        small = {f"b_{y}": self.param(f"b_{y}", nn.initializers.zeros, (H,), p) for y in GATES}
+        return Weights(inputs, recurrent, small | (norm_weights(self, "", H) if self.layer_norm else {}))
+
+    def step(self, small, carry, xp, hp, noise):
+        gates = {y: add_bias(xp[f"x_{y}"] + hp[f"h_{y}"], small[f"b_{y}"]) for y in GATES}
+        return lstm_step(self, small, carry[0], gates, self.scaled(noise))
+
+
+def add_bias(y: Array, b: Array) -> Array:
+    """y [..., H] + b [H], without leaning on rank promotion."""
+    return y + jax.lax.broadcast_in_dim(b, y.shape, (y.ndim - 1,))
+
+
+def norm_weights(cell: Cell, prefix: str, units: int) -> dict[str, Array]:
+    p, norms = cell.param_dtype, {}
+    for y in (*GATES, "c"):
+        norms[f"gamma_{y}"] = cell.param(f"{prefix}gamma_{y}", nn.initializers.ones, (units,), p)
+        norms[f"beta_{y}"] = cell.param(f"{prefix}beta_{y}", nn.initializers.zeros, (units,), p)
+    return norms
+
+
+def lstm_step(cell: Any, small: dict, c: Array, gates: dict, mask: Array | None) -> tuple[Array, Array]:
+    """From pre-activations to (c, h), with the layer norms of `small` where the cell has them."""
+
+    def norm(value, y):
+        return layer_norm(value, small[f"gamma_{y}"], small[f"beta_{y}"], cell.epsilon) if cell.layer_norm else value
+
+    gates = {y: norm(v, y) for y, v in gates.items()}
+    c = lstm_memory(c, gates["i"], gates["g"], gates["f"] + cell.forget_bias, mask)
+    return c, lstm_output(gates["o"], norm(c, "c"))

@@ -1,0 +1,108 @@
+"""A character language model: one-hot symbols, recurrent layers, a softmax readout; and the rows of Table 3.
+
+Shape letters: B batch, T time, V vocabulary, H units.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hyperjax.recurrent.cells import LSTM, Cell
+from hyperjax.recurrent.hyper_cells import HyperLSTM, HyperRNN
+from hyperjax.recurrent.layer import FastRNN
+
+Array = jax.Array
+CELLS = ("lstm", "ln_lstm", "hyper_rnn", "hyper_lstm", "ln_hyper_lstm")
+
+# Ha, Dai, Le, arXiv 1609.09106, Table 3 and appendix A.3: keyword arguments of LanguageModel.
+PAPER_MODELS: dict[str, dict[str, Any]] = {
+    "lstm": {"cell": "lstm", "units": 1000, "keep": 0.90},
+    "lstm_1250": {"cell": "lstm", "units": 1250, "keep": 0.90},
+    "lstm_2x1000": {"cell": "lstm", "units": 1000, "layers": 2, "keep": 0.90},
+    "ln_lstm": {"cell": "ln_lstm", "units": 1000, "keep": 0.90},
+    "hyper_lstm": {"cell": "hyper_lstm", "units": 1000, "keep": 0.90},
+    "ln_hyper_lstm": {"cell": "ln_hyper_lstm", "units": 1000, "keep": 0.90},
+    "ln_hyper_lstm_large": {"cell": "ln_hyper_lstm", "units": 1000, "embedding": 16, "keep": 0.85},
+    "ln_hyper_lstm_2x": {"cell": "ln_hyper_lstm", "units": 1000, "layers": 2, "embedding": 16, "keep": 0.80},
+}
+
+
+class LanguageModel(nn.Module):
+    """Predicts the next symbol of a text.
+
+    Attributes:
+      cell: one of `CELLS`.
+      vocabulary: V, the number of symbols.
+      units: H, the width of each layer.
+      layers: how many cells stand on one another.
+      hyper_units, embedding: of the hyper cells; ignored by the others.
+      keep: keep probability of dropout on the one-hot input, on every layer's output and on every LSTM's candidate.
+      dtype: of the matrix products, for example "bfloat16"; None is float32.
+      remat_chunk: see `FastRNN`.
+    """
+
+    cell: str
+    vocabulary: int
+    units: int
+    layers: int = 1
+    hyper_units: int = 128
+    embedding: int = 4
+    keep: float = 1.0
+    dtype: Any = None
+    remat_chunk: int | None = None
+
+    def __post_init__(self):
+        if self.cell not in CELLS:
+            raise ValueError(f"unknown cell {self.cell!r}; choose one of {', '.join(CELLS)}")
+        for name in ("vocabulary", "layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        super().__post_init__()
+
+    @nn.nowrap
+    def make_cell(self, deterministic: bool = True) -> Cell:
+        """A new cell of this model's kind, not yet part of any module.
+
+        Raises:
+          ValueError: units, hyper_units, embedding or keep out of range.
+        """
+        common = {"units": self.units, "keep": self.keep, "deterministic": deterministic, "dtype": self.dtype}
+        if self.cell in ("lstm", "ln_lstm"):
+            return LSTM(**common, layer_norm=self.cell == "ln_lstm", parent=None)
+        hyper = {"hyper_units": self.hyper_units, "embedding": self.embedding, "parent": None}
+        if self.cell == "hyper_rnn":
+            return HyperRNN(**common | {"keep": 1.0}, **hyper)
+        return HyperLSTM(**common, **hyper, layer_norm=self.cell == "ln_hyper_lstm")
+
+    @nn.nowrap
+    def initialize_carry(self, batch: int) -> tuple:
+        """The state before any text: a tuple over layers of tuples of zeros [B, .]."""
+        cell = self.make_cell()
+        return tuple(cell.initialize_carry(jax.random.key(0), (batch, 1)) for _ in range(self.layers))
+
+    @nn.compact
+    def __call__(self, tokens: Array, carry: tuple | None = None, *, deterministic: bool = True) -> dict[str, Any]:
+        """Reads text and predicts, at every position, the symbol that follows.
+
+        Args:
+          tokens: [B, T] int ids; -1 is no symbol, the zero vector that stands before a text.
+          carry: the state to go on from, see `initialize_carry`; None is zeros.
+          deterministic: False applies dropout and needs a `dropout` PRNG key.
+
+        Returns:
+          {"logits": [B, T, V] float32, "carry": state after the last symbol, "hidden": tuple of [B, T, H] a layer}.
+        """
+        carry = self.initialize_carry(tokens.shape[0]) if carry is None else carry
+        drop = nn.Dropout(1 - self.keep, deterministic=deterministic)
+        h = drop(jax.nn.one_hot(tokens, self.vocabulary))
+        states, hidden = [], []
+        for n in range(self.layers):
+            layer = FastRNN(self.make_cell(deterministic), remat_chunk=self.remat_chunk, name=f"layer_{n}")
+            state, h = layer(h, carry[n])
+            h = drop(h)
+            states.append(state)
+            hidden.append(h)
+        logits = nn.Dense(self.vocabulary, dtype=self.dtype, name="readout")(h)
+        return {"logits": logits.astype(jnp.float32), "carry": tuple(states), "hidden": tuple(hidden)}

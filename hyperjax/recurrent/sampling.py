@@ -1,0 +1,60 @@
+"""Text from a language model, one symbol at a time.
+
+Shape letters: P symbols of the prime, N symbols drawn, V vocabulary.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hyperjax.recurrent.language_model import LanguageModel
+
+Array = jax.Array
+
+
+def generate(
+    model: LanguageModel, params: Any, prime_ids: Any, length: int, key: Array, temperature: float = 1.0
+) -> Array:
+    """Continues a text.
+
+    Args:
+      model: the language model.
+      params: its parameters.
+      prime_ids: [P] ids to read first; P = 0 starts from no text at all.
+      length: N >= 1, how many symbols to draw.
+      key: PRNG key; symbol n draws from fold_in(key, n).
+      temperature: divides the logits; 0 takes the most probable symbol.
+
+    Returns:
+      [N] int32 ids, without the prime.
+
+    Raises:
+      ValueError: a length < 1, a temperature < 0, prime ids outside the vocabulary.
+    """
+    prime = jnp.asarray(prime_ids, jnp.int32).reshape(-1)
+    if length < 1:
+        raise ValueError(f"length is {length}; ask for at least 1 symbol")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}; give a finite number >= 0 (0 takes the most probable symbol)")
+    if prime.size and not (int(prime.min()) >= 0 and int(prime.max()) < model.vocabulary):
+        raise ValueError(
+            f"prime ids span {prime.min()}..{prime.max()}; the vocabulary has ids 0..{model.vocabulary - 1}"
+        )
+    start = jnp.concatenate([jnp.array([-1], jnp.int32), prime])
+    return _generate(model, params, start, key, jnp.float32(temperature), length)
+
+
+@partial(jax.jit, static_argnames=("model", "length"))
+def _generate(model, params, start, key, temperature, length):
+    out = model.apply({"params": params}, start[None])
+
+    def body(state, n):
+        carry, logits = state
+        drawn = jax.random.categorical(jax.random.fold_in(key, n), logits / jnp.maximum(temperature, 1e-6))
+        token = jnp.where(temperature > 0, drawn, jnp.argmax(logits)).astype(jnp.int32)
+        out = model.apply({"params": params}, token[None, None], carry)
+        return (out["carry"], out["logits"][0, -1]), token
+
+    return jax.lax.scan(body, (out["carry"], out["logits"][0, -1]), jnp.arange(length))[1]

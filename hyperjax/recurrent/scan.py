@@ -1,0 +1,113 @@
+"""The fast scan over time: input products before the loop, big weight gradients as one product after it.
+
+Shape letters: T time, B batch, D input features, H units, N columns of one weight.
+
+Differentiating `lax.scan` over a cell adds a full-size weight gradient at every step and keeps the input product
+inside the loop. A recurrent cell touches its big weights only through x @ W_x and h @ W_h, so here the cell is
+given as data (`Weights`) and a pointwise `step`, and the products are done around it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+OUTPUT = 1  # the position in every carry of h, the state that the recurrent weights multiply and that the cell returns
+
+
+class Weights(NamedTuple):
+    """A recurrent cell's parameters, sorted by how they are used.
+
+    Attributes:
+      inputs: name -> [D, N], multiplied by the input.
+      recurrent: name -> [H, N], multiplied by the cell's output h.
+      small: any pytree; read by the step itself, its gradient summed inside the loop.
+    """
+
+    inputs: dict[str, Array]
+    recurrent: dict[str, Array]
+    small: Any
+
+
+Step = Callable[[Any, tuple, dict, dict, Any], tuple]  # (small, carry, x products, h products, noise) -> carry
+
+
+def product(x: Array, w: Array, dtype: Any = None) -> Array:
+    """x @ w over the last axis of x, computed in `dtype` and returned in float32 (or wider)."""
+    out = jnp.promote_types(jnp.result_type(x, w), jnp.float32)
+    if dtype is not None:
+        x, w = x.astype(dtype), w.astype(dtype)
+    return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=out)
+
+
+def _transposed(dy: Array, w: Array, dtype: Any) -> Array:
+    return product(dy, w.T, dtype)
+
+
+def _outer(x_TBD: Array, dy_TBN: Array, dtype: Any) -> Array:
+    """The gradient of a weight, summed over time and batch."""
+    x, dy = x_TBD.reshape(-1, x_TBD.shape[-1]), dy_TBN.reshape(-1, dy_TBN.shape[-1])
+    return product(x.T, dy, dtype)
+
+
+def deferred_scan(
+    step: Step, weights: Weights, carry: tuple, x_TBD: Array, noise: Any = None, *, dtype: Any = None
+) -> tuple[tuple, Array]:
+    """Runs a cell over time.
+
+    Args:
+      step: pointwise function of (weights.small, carry, {name: x_t @ W}, {name: h @ W}, noise_t) -> new carry.
+      weights: the cell's parameters; see `Weights`.
+      carry: the initial state, a tuple of [B, .] arrays whose entry 1 is h.
+      x_TBD: [T, B, D] inputs.
+      noise: pytree of arrays with a leading axis T that take no gradient (dropout masks), or None.
+      dtype: what the big products are computed in; None keeps the parameters' own. The state stays float32.
+
+    Returns:
+      (final carry, h at every step [T, B, H]).
+    """
+
+    @jax.custom_vjp
+    def run(weights, carry, x_TBD, noise):
+        return forward(weights, carry, x_TBD, noise)[0]
+
+    def forward(weights, carry, x_TBD, noise):
+        xp = {k: product(x_TBD, w, dtype) for k, w in weights.inputs.items()}
+
+        def body(carry, at_t):
+            xp_t, noise_t = at_t
+            hp = {k: product(carry[OUTPUT], w, dtype) for k, w in weights.recurrent.items()}
+            new = step(weights.small, carry, xp_t, hp, noise_t)
+            return new, (carry, hp, new[OUTPUT])
+
+        last, (carries, hp, h_TBH) = lax.scan(body, carry, (xp, noise))
+        return (last, h_TBH), (weights, x_TBD, noise, xp, carries, hp)
+
+    def backward(residuals, cotangents):
+        weights, x_TBD, noise, xp, carries, hp = residuals
+        dlast, dh_TBH = cotangents
+
+        def body(state, at_t):
+            dcarry, dsmall = state
+            carry, xp_t, hp_t, noise_t, dh = at_t
+            dcarry = (*dcarry[:OUTPUT], dcarry[OUTPUT] + dh, *dcarry[OUTPUT + 1 :])
+            _, pull = jax.vjp(lambda s, c, x, h: step(s, c, x, h, noise_t), weights.small, carry, xp_t, hp_t)
+            dsmall_t, dcarry, dxp, dhp = pull(dcarry)
+            dh = dcarry[OUTPUT]
+            for k, w in weights.recurrent.items():
+                dh = dh + _transposed(dhp[k], w, dtype)
+            dcarry = (*dcarry[:OUTPUT], dh, *dcarry[OUTPUT + 1 :])
+            return (dcarry, jax.tree.map(jnp.add, dsmall, dsmall_t)), (dxp, dhp)
+
+        zeros = jax.tree.map(jnp.zeros_like, weights.small)
+        (dcarry, dsmall), (dxp, dhp) = lax.scan(body, (dlast, zeros), (carries, xp, hp, noise, dh_TBH), reverse=True)
+        dinputs = {k: _outer(x_TBD, dxp[k], dtype) for k in weights.inputs}
+        drecurrent = {k: _outer(carries[OUTPUT], dhp[k], dtype) for k in weights.recurrent}
+        dx_TBD = sum((_transposed(dxp[k], w, dtype) for k, w in weights.inputs.items()), jnp.zeros_like(x_TBD))
+        return Weights(dinputs, drecurrent, dsmall), dcarry, dx_TBD, None
+
+    run.defvjp(forward, backward)
+    return run(weights, carry, x_TBD, noise)
