@@ -107,7 +107,7 @@ def tear_metadata(folder):
 
 def tear_arrays(folder):
     path = max(data_files(folder.parent, int(folder.name)), key=lambda path: path.stat().st_size)
-    path.write_bytes(path.read_bytes()[:-20])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def empty(folder):
@@ -188,5 +188,5 @@ def test_leftovers_of_an_unfinished_save_are_no_checkpoint(tmp_path):
 def test_arguments_are_checked(tmp_path):
     with pytest.raises(ValueError, match="keep is 0 checkpoints"):
         Checkpoints(tmp_path, 0)
-    with pytest.raises(ValueError, match="no checkpoint in .* was evaluated"):
+    with pytest.raises(ValueError, match=r"no checkpoint in .* was evaluated"):
         Checkpoints(tmp_path).restore_best(make_state())

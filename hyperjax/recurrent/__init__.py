@@ -1,6 +1,7 @@
 """Recurrent nets: LSTM, layer-norm LSTM, HyperRNN, HyperLSTM, a fast scan over time, a character language model."""
 
 from hyperjax.recurrent.cells import LSTM, Cell
+from hyperjax.recurrent.full import FullHyperLSTM, FullHyperRNN
 from hyperjax.recurrent.hyper_cells import HyperLSTM, HyperRNN
 from hyperjax.recurrent.language_model import CELLS, PAPER_MODELS, LanguageModel
 from hyperjax.recurrent.layer import FastRNN
@@ -13,6 +14,8 @@ __all__ = [
     "PAPER_MODELS",
     "Cell",
     "FastRNN",
+    "FullHyperLSTM",
+    "FullHyperRNN",
     "HyperLSTM",
     "HyperRNN",
     "LanguageModel",

@@ -44,31 +44,53 @@ class HyperCell(Cell):
                 raise ValueError(f"{name} is {getattr(self, name)}; a hyper cell needs at least 1")
         super().__post_init__()
 
-    def generator_weights(self, gates: tuple[str, ...]) -> dict[str, Array]:
-        """Parameters of h_hat -> z -> d; at first every d_h and d_x is 0.1 and every d_b 0."""
-        p, S, Z, n = self.param_dtype, self.hyper_units, self.embedding, len(gates)
-        small = {
-            "W_h": self.param("W_z_h", zeros, (S, n * Z), p),
-            "b_h": self.param("b_z_h", ones, (n * Z,), p),
-            "W_x": self.param("W_z_x", zeros, (S, n * Z), p),
-            "b_x": self.param("b_z_x", ones, (n * Z,), p),
-            "W_b": self.param("W_z_b", normal(0.01), (S, n * Z), p),
+    @property
+    def columns(self) -> int:
+        """The width of one gate's product with h or x, before the embedding acts on it."""
+        return self.units
+
+    def main_matrix(self, name: str, rows: int) -> Array:
+        """One gate's W_h or W_x."""
+        return self.param(name, orthogonal, (rows, self.columns), self.param_dtype)
+
+    def embedding_weights(self, gates: tuple[str, ...]) -> dict[str, Array]:
+        """Parameters of h_hat -> z: at first every z_h and z_x is 1 and every z_b near 0."""
+        p, S, columns = self.param_dtype, self.hyper_units, len(gates) * self.embedding
+        return {
+            "W_h": self.param("W_z_h", zeros, (S, columns), p),
+            "b_h": self.param("b_z_h", ones, (columns,), p),
+            "W_x": self.param("W_z_x", zeros, (S, columns), p),
+            "b_x": self.param("b_z_x", ones, (columns,), p),
+            "W_b": self.param("W_z_b", normal(0.01), (S, columns), p),
         }
-        for kind in KINDS:
+
+    def generator_weights(self, gates: tuple[str, ...], kinds: tuple[str, ...] = KINDS) -> dict[str, Array]:
+        """Parameters of h_hat -> z -> d: at first every d_h and d_x is 0.1 and every d_b is 0."""
+        Z, small = self.embedding, self.embedding_weights(gates)
+        for kind in kinds:
+            init = zeros if kind == "b" else constant(0.1 / Z)
             for y in gates:
-                init = zeros if kind == "b" else constant(0.1 / Z)
-                small[f"d_{kind}{y}"] = self.param(f"W_d_{kind}{y}", init, (Z, self.units), p)
+                small[f"d_{kind}{y}"] = self.param(f"W_d_{kind}{y}", init, (Z, self.units), self.param_dtype)
         return small
 
-    def generate(self, small: dict[str, Array], h_hat: Array, gates: tuple[str, ...]) -> dict[str, Array]:
-        """The generated vectors {"hi": [B, H], ...}, kind then gate; in the parameters' own precision.
-
-        Reference: equation 12: z = W h_hat + b, d = W_z z.
-        """
+    def embeddings(self, small: dict[str, Array], h_hat: Array, gates: tuple[str, ...]) -> dict[str, Array]:
+        """The embeddings z = W h_hat + b as {"hi": [B, Z], ...}, kind then gate; in the parameters' own precision."""
         W = jnp.concatenate([small[f"W_{kind}"] for kind in KINDS], -1)
         b = jnp.concatenate([small["b_h"], small["b_x"], jnp.zeros_like(small["b_h"])])
         z = iter(jnp.split(add_bias(product(h_hat, W), b), len(KINDS) * len(gates), -1))
-        return {kind + y: product(next(z), small[f"d_{kind}{y}"]) for kind in KINDS for y in gates}
+        return {kind + y: next(z) for kind in KINDS for y in gates}
+
+    def generate(self, small: dict[str, Array], h_hat: Array, gates: tuple[str, ...]) -> dict[str, Array]:
+        """The generated vectors d = W_z z as {"hi": [B, H], ...}, kind then gate (equation 12)."""
+        z = self.embeddings(small, h_hat, gates)
+        return {name: product(z_y, small[f"d_{name}"]) for name, z_y in z.items()}
+
+    def modulated(
+        self, small: dict[str, Array], h_hat: Array, hp: dict[str, Array], xp: dict[str, Array]
+    ) -> dict[str, Array]:
+        """Each gate's d_h (W_h h) + d_x (W_x x) + d_b, from its products with h and x."""
+        d = self.generate(small, h_hat, tuple(hp))
+        return {y: d["h" + y] * hp[y] + d["x" + y] * xp[y] + d["b" + y] for y in hp}
 
 
 class HyperRNN(HyperCell):
@@ -93,11 +115,11 @@ class HyperRNN(HyperCell):
     def weights(self, features):
         p, H, S = self.param_dtype, self.units, self.hyper_units
         inputs = {
-            "x": self.param("W_x", orthogonal, (features, H), p),
+            "x": self.main_matrix("W_x", features),
             "hyper": self.param("hyper_W_x", orthogonal, (features, S), p),
         }
         recurrent = {
-            "h": self.param("W_h", orthogonal, (H, H), p),
+            "h": self.main_matrix("W_h", H),
             "hyper": self.param("hyper_W_h", orthogonal, (H, S), p),
         }
         small = {
@@ -111,8 +133,8 @@ class HyperRNN(HyperCell):
     def step(self, small, carry, xp, hp, noise):
         h_hat = xp["hyper"] + hp["hyper"] + product(carry[0], small["hyper_U"], self.dtype)
         h_hat = jnp.tanh(add_bias(h_hat, small["hyper_b"]))
-        d = self.generate(small["z"], h_hat, ("",))
-        return h_hat, jnp.tanh(add_bias(d["h"] * hp["h"] + d["x"] * xp["x"] + d["b"], small["b"]))
+        y = self.modulated(small["z"], h_hat, {"": hp["h"]}, {"": xp["x"]})[""]
+        return h_hat, jnp.tanh(add_bias(y, small["b"]))
 
 
 class HyperLSTM(HyperCell):
@@ -138,8 +160,8 @@ class HyperLSTM(HyperCell):
     @nn.compact
     def weights(self, features):
         p, H, S = self.param_dtype, self.units, self.hyper_units
-        inputs = {f"x_{y}": self.param(f"W_x{y}", orthogonal, (features, H), p) for y in GATES}
-        recurrent = {f"h_{y}": self.param(f"W_h{y}", orthogonal, (H, H), p) for y in GATES}
+        inputs = {f"x_{y}": self.main_matrix(f"W_x{y}", features) for y in GATES}
+        recurrent = {f"h_{y}": self.main_matrix(f"W_h{y}", H) for y in GATES}
         main = {f"b_{y}": self.param(f"b_{y}", zeros, (H,), p) for y in GATES}
         # The hyper cell is narrow, so its gates stand side by side in one product; [h; x] is multiplied in two parts.
         side_by_side = per_gate(orthogonal, 4)
@@ -160,8 +182,6 @@ class HyperLSTM(HyperCell):
         total = add_bias(xp["hyper"] + hp["hyper"] + product(h_hat, hyper["U"], self.dtype), hyper["b"])
         gates = dict(zip(GATES, jnp.split(total, 4, -1), strict=True))
         c_hat, h_hat = lstm_step(self, hyper, c_hat, gates, None)
-        d = self.generate(small["z"], h_hat, GATES)
-        for y in GATES:
-            scaled = d["h" + y] * hp[f"h_{y}"] + d["x" + y] * xp[f"x_{y}"] + d["b" + y]
-            gates[y] = add_bias(scaled, main[f"b_{y}"])
+        y = self.modulated(small["z"], h_hat, {k: hp[f"h_{k}"] for k in GATES}, {k: xp[f"x_{k}"] for k in GATES})
+        gates = {k: add_bias(y[k], main[f"b_{k}"]) for k in GATES}
         return (*lstm_step(self, main, c, gates, self.scaled(noise)), c_hat, h_hat)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hyperjax.recurrent.language_model import LanguageModel
 
@@ -22,7 +23,7 @@ def generate(
     Args:
       model: the language model.
       params: its parameters.
-      prime_ids: [P] ids to read first; P = 0 starts from no text at all.
+      prime_ids: [P] ids to read first, known when `jit` traces; P = 0 starts from no text at all.
       length: N >= 1, how many symbols to draw.
       key: PRNG key; symbol n draws from fold_in(key, n).
       temperature: divides the logits; 0 takes the most probable symbol.
@@ -31,18 +32,20 @@ def generate(
       [N] int32 ids, without the prime.
 
     Raises:
-      ValueError: a length < 1, a temperature < 0, prime ids outside the vocabulary.
+      ValueError: a length < 1, a temperature < 0 or not finite, prime ids that are no integers of the vocabulary.
     """
-    prime = jnp.asarray(prime_ids, jnp.int32).reshape(-1)
+    prime = np.asarray(prime_ids).reshape(-1)
     if length < 1:
         raise ValueError(f"length is {length}; ask for at least 1 symbol")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}; give a finite number >= 0 (0 takes the most probable symbol)")
-    if prime.size and not (int(prime.min()) >= 0 and int(prime.max()) < model.vocabulary):
+    if prime.size and not np.issubdtype(prime.dtype, np.integer):
+        raise ValueError(f"prime ids have type {prime.dtype}; give integers")
+    if prime.size and not (prime.min() >= 0 and prime.max() < model.vocabulary):
         raise ValueError(
             f"prime ids span {prime.min()}..{prime.max()}; the vocabulary has ids 0..{model.vocabulary - 1}"
         )
-    start = jnp.concatenate([jnp.array([-1], jnp.int32), prime])
+    start = jnp.asarray(np.concatenate([[-1], prime]), jnp.int32)
     return _generate(model, params, start, key, jnp.float32(temperature), length)
 
 

@@ -1,0 +1,33 @@
+"""What every experiment shares: the step, the loop, checkpoints, metrics and the command line."""
+
+from hyperjax.training.checkpoint import Checkpoints
+from hyperjax.training.evaluation import Evaluation, make_evaluate
+from hyperjax.training.experiment import Workdir, bad_input, count, device, environment, parse, print_summary
+from hyperjax.training.loop import Interrupted, NonFinite, fit, seconds, stopping
+from hyperjax.training.metrics import JsonLines, plot_curves, read_lines, write_json
+from hyperjax.training.state import TrainState, make_step, schedule
+
+__all__ = [
+    "Checkpoints",
+    "Evaluation",
+    "Interrupted",
+    "JsonLines",
+    "NonFinite",
+    "TrainState",
+    "Workdir",
+    "bad_input",
+    "count",
+    "device",
+    "environment",
+    "fit",
+    "make_evaluate",
+    "make_step",
+    "parse",
+    "plot_curves",
+    "print_summary",
+    "read_lines",
+    "schedule",
+    "seconds",
+    "stopping",
+    "write_json",
+]

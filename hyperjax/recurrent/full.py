@@ -1,0 +1,58 @@
+"""The full dynamic hypernetwork: every weight matrix is W(z) = <W_z, z>, with no scaling shortcut. For small sizes.
+
+Shape letters: B batch, H units, Z width of one embedding.
+
+HyperRNN and HyperLSTM generate only row scales, so that d(z) (W h) costs what an ordinary cell costs. Here each gate
+owns Z whole matrices, and the embedding mixes them: Z times the parameters and the arithmetic. As W(z) h is linear in
+z, it is computed as the sum of z_k (W_k h), and no weight matrix per sample is ever formed.
+"""
+
+import jax.numpy as jnp
+from jax.nn.initializers import orthogonal
+
+from hyperjax.recurrent.hyper_cells import HyperCell, HyperLSTM, HyperRNN, per_gate
+
+__all__ = ["FullHyperLSTM", "FullHyperRNN"]
+
+
+class _Full(HyperCell):
+    """Embeddings mix Z matrices; only the bias is generated as before, b(z) = W_bz z_b + b_0."""
+
+    @property
+    def columns(self):
+        return self.embedding * self.units
+
+    def main_matrix(self, name, rows):
+        # z is 1 at first: the sum of Z independent matrices keeps the scale of an orthogonal one.
+        init = per_gate(orthogonal(self.embedding**-0.5), self.embedding)
+        return self.param(name, init, (rows, self.columns), self.param_dtype)
+
+    def generator_weights(self, gates, kinds=("b",)):
+        return super().generator_weights(gates, kinds)
+
+    def generate(self, small, h_hat, gates):
+        raise ValueError(f"{type(self).__name__} generates whole matrices, not scales; read `embeddings` instead")
+
+    def modulated(self, small, h_hat, hp, xp):
+        z = self.embeddings(small, h_hat, tuple(hp))
+
+        def mixed(z_BZ, products):
+            return jnp.einsum("...z,...zh->...h", z_BZ, products.reshape(*z_BZ.shape, self.units))
+
+        return {y: mixed(z["h" + y], hp[y]) + mixed(z["x" + y], xp[y]) + z["b" + y] @ small[f"d_b{y}"] for y in hp}
+
+
+class FullHyperRNN(_Full, HyperRNN):
+    """HyperRNN with whole generated matrices: h' = tanh(W_h(z_h) h + W_x(z_x) x + b(z_b)).
+
+    Parameters `W_h` [H, Z H] and `W_x` [D, Z H] hold the Z matrices side by side.
+
+    Reference: Ha, Dai, Le, "HyperNetworks", arXiv 1609.09106, section 3.2, equations 5-6.
+    """
+
+
+class FullHyperLSTM(_Full, HyperLSTM):
+    """HyperLSTM with whole generated matrices in every gate: y = LN(W_h(z_h) h + W_x(z_x) x + b(z_b)).
+
+    Reference: the same equations, applied to each gate of an LSTM.
+    """

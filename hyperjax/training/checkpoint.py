@@ -1,0 +1,252 @@
+"""Checkpoints by Orbax, with a digest of our own: written in the background, checked to the byte when read."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+T = TypeVar("T")
+
+
+class Checkpoints(Generic[T]):
+    """The checkpoints of one run: the last few, and the best.
+
+    Orbax restores flipped bits without a word, so every checkpoint carries a SHA-256 of its arrays and of its own
+    metadata, and one that does not match is not used. A run is alone in its folder (see `Workdir`).
+
+    Args:
+        directory: where they are kept; need not exist.
+        keep: how many of the newest to keep, beside the best.
+
+    Raises:
+        ValueError: `keep` is below 1.
+
+    Attributes:
+        best: step and value of the best checkpoint saved or restored so far, or None. Lower is better.
+        notes: what a restore skipped and why, a sentence each.
+    """
+
+    def __init__(self, directory: str | os.PathLike, keep: int = 2):
+        if keep < 1:
+            raise ValueError(f"keep is {keep} checkpoints, expected 1 or more; raise it")
+        self.directory, self.keep = Path(directory).absolute(), keep
+        self.best: tuple[int, float] | None = None
+        self.notes: list[str] = []
+        self._manager: ocp.CheckpointManager | None = None
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints on disk, damaged ones included, in rising order."""
+        self.wait()
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.is_dir() and path.name.isdecimal())
+
+    def save(self, step: int, state: T, meta: dict[str, Any], value: float | None = None) -> None:
+        """Saves a state in the background; a step that is already saved is left alone.
+
+        Args:
+            step: number of updates behind the state, larger than any saved before.
+            state: pytree of arrays; may be donated as soon as this returns.
+            meta: what else resuming needs, as JSON.
+            value: the validation value of this state, lower is better; None if it was not evaluated.
+
+        Raises:
+            ValueError: a newer checkpoint exists, which Orbax would silently keep instead of this one.
+        """
+        saved = self.steps()
+        if step in saved:
+            return
+        if saved and step < saved[-1]:
+            raise ValueError(f"step {step} is older than checkpoint {saved[-1]} in {self.directory}; restore it first")
+        if value is not None and (self.best is None or value < self.best[1]):
+            self.best = (step, value)
+        # A copy: on CPU, NumPy shares memory with a buffer that the next step, which donates it, overwrites.
+        host = jax.tree.map(lambda x: np.array(x), state)
+        body = {"meta": meta, "best": self.best, "arrays": _describe(host), "sha256": _digest(host)}
+        body = json.loads(json.dumps(body))  # a copy of its own: it is written while the caller goes on
+        item = {**body, "own_sha256": _digest_json(body)}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(host), meta=ocp.args.JsonSave(item))
+        if not self._open().save(step, args=args, force=True):
+            raise RuntimeError(f"Orbax refused to save step {step} in {self.directory}")
+
+    def restore(self, like: T) -> tuple[T, dict[str, Any]] | None:
+        """Restores the newest checkpoint that is whole.
+
+        Damaged ones are passed over, from the newest to the oldest, and then moved to `damaged/` beside the folder,
+        so that the run can save those steps again. Nothing is moved unless a whole one was found.
+
+        Args:
+            like: a state (or a pytree of `jax.ShapeDtypeStruct`) with the shapes and dtypes to expect.
+
+        Returns:
+            The state and the `meta` it was saved with, or None if there is no checkpoint at all.
+
+        Raises:
+            ValueError: every checkpoint is damaged, or one has other shapes or dtypes than `like`.
+        """
+        steps = self.steps()
+        skipped: list[tuple[int, str]] = []
+        for step in reversed(steps):
+            try:
+                state, item = self._read(step, like)
+            except Damaged as error:
+                skipped.append((step, str(error)))
+                continue
+            for bad, why in skipped:
+                self.notes.append(f"checkpoint {bad} is damaged ({why}): moved to {self._move_aside(bad)}")
+            self.best = tuple(item["best"]) if item["best"] else None
+            if self.best and self.best[0] not in steps:
+                self.notes.append(
+                    f"the best checkpoint ({self.best[0]}) is gone: the next one evaluated takes its place"
+                )
+                self.best = None
+            return state, item["meta"]
+        if skipped:
+            reasons = "; ".join(f"{step}: {why}" for step, why in skipped)
+            raise ValueError(
+                f"every checkpoint in {self.directory} is damaged ({reasons}); restore a copy, or choose another "
+                "--workdir to start afresh"
+            )
+        return None
+
+    def restore_best(self, like: T) -> T:
+        """Restores the checkpoint with the lowest value.
+
+        Args:
+            like: as in `restore`.
+
+        Returns:
+            The state.
+
+        Raises:
+            ValueError: there is none, it is damaged, or it has other shapes or dtypes than `like`.
+        """
+        if self.best is None:
+            raise ValueError(f"no checkpoint in {self.directory} was evaluated; evaluate before looking for the best")
+        try:
+            return self._read(self.best[0], like)[0]
+        except Damaged as error:
+            raise ValueError(
+                f"the best checkpoint ({self.best[0]}) in {self.directory} is damaged ({error}); restore a copy of it"
+            ) from error
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk; raises what went wrong in the background."""
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and releases the threads."""
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+
+    def __enter__(self) -> "Checkpoints[T]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=_LatestAndBest(self), cleanup_tmp_directories=True, enable_async_checkpointing=True
+            )
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        return self._manager
+
+    def _read(self, step: int, like: T) -> tuple[T, dict[str, Any]]:
+        """Reads and checks one checkpoint; raises Damaged, or ValueError if it does not fit `like`."""
+        self.wait()
+        path = self.directory / str(step)
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler("state", "meta")) as reader:
+            try:
+                item = reader.restore(path, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+                own = item.pop("own_sha256")
+                intact = own == _digest_json(item)
+            except Exception as error:  # Orbax, TensorStore and JSON have no common exception
+                raise Damaged(f"its metadata cannot be read, {_line(error)}") from error
+            if not intact:
+                raise Damaged("its metadata does not match their digest")
+            _compare(step, item["arrays"], _describe(like))
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
+            try:
+                state = reader.restore(path, ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))["state"]
+            except Exception as error:
+                raise Damaged(f"its arrays cannot be read, {_line(error)}") from error
+        if _digest(state) != item["sha256"]:
+            raise Damaged("its arrays do not match their digest")
+        return jax.tree.map(jnp.asarray, state), item
+
+    def _move_aside(self, step: int) -> Path:
+        folder = self.directory.parent / "damaged"
+        folder.mkdir(exist_ok=True)
+        number, target = 1, folder / str(step)
+        while target.exists():
+            number, target = number + 1, folder / f"{step}-{number + 1}"
+        return (self.directory / str(step)).rename(target)
+
+
+class Damaged(Exception):
+    """A checkpoint that is not what was saved; the message says how that shows."""
+
+
+class _LatestAndBest(preservation_policy.PreservationPolicy):
+    """Keeps the newest checkpoints and the best."""
+
+    def __init__(self, owner: Checkpoints):
+        self.owner = owner
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[preservation_policy.PolicyCheckpointInfo],
+        *,
+        context: preservation_policy.PreservationContext,
+    ) -> Sequence[bool]:
+        newest = {info.step for info in checkpoints[-self.owner.keep :]}
+        best = self.owner.best[0] if self.owner.best else None
+        return [info.step in newest or info.step == best for info in checkpoints]
+
+
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in paths]
+
+
+def _describe(tree: Any) -> dict[str, list]:
+    return {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in _leaves(tree)}
+
+
+def _compare(step: int, saved: dict[str, list], wanted: dict[str, list]) -> None:
+    for name in sorted(saved.keys() | wanted.keys()):
+        if saved.get(name) != wanted.get(name):
+            old, new = (f"{d[name][0]}{d[name][1]}" if name in d else "absent" for d in (saved, wanted))
+            raise ValueError(
+                f"checkpoint {step} has {name} as {old}, this model as {new}; run with the configuration that it was "
+                "saved with, or choose another --workdir"
+            )
+
+
+def _digest(tree: Any) -> str:
+    """SHA-256 over the bytes of every array; names, shapes and dtypes are covered by the metadata's own."""
+    digest = hashlib.sha256()
+    for _, leaf in _leaves(tree):
+        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _digest_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 120 else text[:117] + "..."

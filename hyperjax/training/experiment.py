@@ -1,0 +1,272 @@
+"""The frame of an experiment script: its command line, its workdir, and what every summary holds."""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import fcntl
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import jax
+import tyro
+
+from hyperjax.training.metrics import write_json
+
+Config = TypeVar("Config")
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def fail(message: object) -> NoReturn:
+    """Prints one line to stderr and exits with status 2."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def bad_input(script: str) -> Iterator[None]:
+    """Turns a ValueError that our own code raises into its line and exit status 2.
+
+    A ValueError from within a library keeps its traceback: that is a bug, not bad input.
+
+    Args:
+        script: the experiment's `__file__`.
+    """
+    try:
+        yield
+    except ValueError as error:
+        origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        if origin != Path(script).resolve() and PACKAGE not in origin.parents:
+            raise
+        fail(error)
+
+
+def parse(
+    defaults: Callable[..., Config],
+    chooses: Sequence[str] = ("preset", "model"),
+    argv: Sequence[str] | None = None,
+    *,
+    description: str = "",
+    prog: str | None = None,
+) -> Config:
+    """Parses a command line into a frozen dataclass whose defaults depend on the preset.
+
+    Args:
+        defaults: keyword arguments named in `chooses`, those given on the command line -> the config with all
+            defaults; raises ValueError for a value it does not know.
+        chooses: fields that choose the defaults of the others.
+        argv: arguments; by default those of the process.
+        description: first lines of `--help`.
+        prog: name in `--help`.
+
+    Returns:
+        The config. An unknown field or a bad value prints one line and exits with status 2.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in chooses:
+        pre.add_argument(f"--{name}")
+    try:
+        chosen = vars(pre.parse_known_args(argv)[0])
+    except argparse.ArgumentError as error:
+        fail(f"{error.argument_name} needs a value; --help lists every field")
+    try:
+        default = defaults(**{name: value for name, value in chosen.items() if value is not None})
+    except ValueError as error:
+        fail(error)
+    fields = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(default)}  # type: ignore[arg-type]
+    for argument in argv:
+        name = argument.split("=")[0].replace("_", "-")
+        if name.startswith("--") and name not in fields | {"--help"}:
+            near = difflib.get_close_matches(name, sorted(fields), 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            fail(f"{name} is not a field of this experiment; {hint}--help lists all of them")
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(
+                type(default),
+                default=default,
+                args=argv,
+                prog=prog,
+                description=description,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as error:
+        if error.code in (0, None):
+            raise
+    text = re.sub(r"\x1b\[[0-9;]*m", "", printed.getvalue())
+    lines = [line.strip("│ ") for line in text.splitlines() if line.startswith("│")]
+    rule = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
+    fail((" ".join(lines[:rule]) or text).rstrip(".") + "; --help lists every field")
+
+
+class Workdir:
+    """A run's folder: one process at a time, one configuration for life.
+
+    Making the object only reads; `open` creates, locks and writes.
+
+    Args:
+        path: the folder; need not exist.
+        config: the run's configuration.
+        free: fields that may differ when a run resumes; they do not change its results.
+
+    Raises:
+        ValueError: the folder holds a run with another configuration, or one that cannot be read.
+
+    Attributes:
+        path: the folder.
+        summary: the summary of the finished run in it, or None.
+    """
+
+    def __init__(self, path: str | os.PathLike, config: Any, free: Sequence[str] = ("workdir", "data_dir")):
+        self.path = Path(path).expanduser()
+        self.config = {name: value for name, value in dataclasses.asdict(config).items() if name != "workdir"}
+        self.free = free
+        self._lock: Any = None
+        self._compare()
+        summary = self.path / "summary.json"
+        self.summary: dict[str, Any] | None = _read_json(summary) if summary.exists() else None
+
+    def open(self) -> "Workdir":
+        """Creates and locks the folder and writes `config.json`.
+
+        The lock is the kernel's, and goes when its process goes: a killed run leaves none behind.
+
+        Raises:
+            ValueError: the folder cannot be written, or another process is using it.
+        """
+        lock = self.path / ".lock"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = lock.open("a+")
+        except OSError as error:
+            raise ValueError(f"cannot write in {self.path} ({error.strerror}); choose another --workdir") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "unknown"
+            self.close()
+            raise ValueError(
+                f"{self.path} is in use by process {holder}; wait until it ends, or choose another --workdir"
+            ) from error
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+        self._compare()  # the process that held the lock a moment ago may have started another run
+        if not (self.path / "config.json").exists():
+            write_json(self.path / "config.json", self.config)
+        return self
+
+    def close(self) -> None:
+        """Releases the lock."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> "Workdir":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Writes `summary.json`, which marks the run as finished."""
+        write_json(self.path / "summary.json", summary)
+        self.summary = summary
+
+    def _compare(self) -> None:
+        path = self.path / "config.json"
+        if not path.exists():
+            if (self.path / "checkpoints").exists():
+                raise ValueError(f"{self.path} holds checkpoints but no config.json; choose another --workdir")
+            return
+        old, new = _read_json(path), json.loads(json.dumps(self.config))
+        changed = [
+            f"{name} {old.get(name)!r} -> {new.get(name)!r}"
+            for name in dict.fromkeys([*old, *new])
+            if name not in self.free and old.get(name) != new.get(name)
+        ]
+        if changed:
+            raise ValueError(
+                f"{self.path} holds a run with another configuration: {', '.join(changed)}; use the old values to "
+                "resume it, or choose another --workdir"
+            )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read, expected a JSON object; restore it or choose another --workdir"
+        ) from error
+    return value
+
+
+def environment(script: str, params: Any, seed: int, seconds: float) -> dict[str, Any]:
+    """What the summary of every experiment holds.
+
+    Args:
+        script: the experiment's `__file__`.
+        params: the model's parameters; an array that stands in several places counts once as unique.
+        seed: the run's seed.
+        seconds: how long the run took.
+
+    Returns:
+        A flat dict: params, params_unique, seconds, device, jax_version, git_commit, seed.
+    """
+    return {
+        "params": count(params),
+        "params_unique": count({id(leaf): leaf for leaf in jax.tree.leaves(params)}),
+        "seconds": round(seconds, 2),
+        "device": device(),
+        "jax_version": jax.__version__,
+        "git_commit": git_commit(Path(script).resolve().parent),
+        "seed": seed,
+    }
+
+
+def count(params: Any) -> int:
+    """The number of scalars in a pytree of arrays."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def device() -> str:
+    """Names the accelerators that JAX sees, and the CPU cores."""
+    devices = jax.devices()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    kind = devices[0].device_kind
+    return f"{cores} CPU cores" if devices[0].platform == "cpu" else f"{len(devices)} x {kind}, {cores} CPU cores"
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit that a folder is at, with `+` if tracked files differ from it; None outside of git."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """Prints a summary, a line per key."""
+    width = max(map(len, summary))
+    for name, value in summary.items():
+        print(f"  {name:<{width}}  {value:,}" if isinstance(value, int | float) else f"  {name:<{width}}  {value}")

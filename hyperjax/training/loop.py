@@ -1,0 +1,250 @@
+"""The training loop: steps, a progress bar, validation, checkpoints, and clean ways to stop."""
+
+import contextlib
+import math
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from hyperjax.training.checkpoint import Checkpoints
+from hyperjax.training.metrics import JsonLines
+from hyperjax.training.state import TrainState
+
+Array = jax.Array
+NON_FINITE_EXIT = 1
+
+
+class NonFinite(Exception):
+    """The loss, its gradient or a validation value is NaN or infinite; the message says where and what to try."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and saved.
+
+    Attributes:
+        code: exit status, 128 + the signal's number.
+    """
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[None]:
+    """Turns `Interrupted` and `NonFinite` into their message and an exit status: 130, 143, or 1."""
+    resume = f"to resume: {shlex.join(['python', *sys.argv])}"
+    try:
+        yield
+    except Interrupted as error:
+        print(f"\n{error}\n{resume}", file=sys.stderr)
+        raise SystemExit(error.code) from None
+    except KeyboardInterrupt:
+        print(f"\nstopped between two checkpoints\n{resume}", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+    except NonFinite as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        raise SystemExit(NON_FINITE_EXIT) from None
+
+
+def seconds(resumed: dict[str, Any], started: float) -> float:
+    """How long a run has taken: its earlier processes up to the checkpoint, and this one since `started`."""
+    return resumed.get("seconds", 0.0) + time.perf_counter() - started
+
+
+def fit(
+    state: TrainState,
+    step: Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]],
+    batch_at: Callable[[int], Any],
+    key: Array,
+    *,
+    steps: int,
+    checkpoints: Checkpoints[TrainState],
+    metrics: JsonLines,
+    timings: JsonLines,
+    validate: Callable[[TrainState], dict[str, float]],
+    best: str,
+    eval_every: int,
+    log_every: int,
+    items: int,
+    unit: str = "chars",
+    meta: dict[str, Any] | None = None,
+    resumed: dict[str, Any] | None = None,
+    started: float | None = None,
+    save_minutes: float = 5.0,
+) -> TrainState:
+    """Trains until `steps` updates are made.
+
+    A checkpoint is written after each validation, every `save_minutes`, on SIGINT and SIGTERM, and at the end; never
+    of a state that came out of a step whose loss or gradient was not finite. `metrics` gets what a rerun repeats to
+    the bit, wherever it was interrupted: the mean of each step's metrics every `log_every` steps, and what `validate`
+    returns. `timings` gets the clock.
+
+    Args:
+        state: where to start, new or restored; its buffers are donated.
+        step: as `make_step` builds it; its metrics hold `loss` and `grad_norm`.
+        batch_at: step number -> batch, a function of the number alone, so that it needs no state of its own.
+        key: PRNG key of the run.
+        steps: number of updates, those before `state` included.
+        checkpoints, metrics, timings: where to write.
+        validate: state -> named values; called every `eval_every` steps and after the last.
+        best: the name among them by which the best checkpoint is chosen; lower is better.
+        eval_every, log_every: in steps.
+        items: how many units of data a step reads, for the speed.
+        unit: their name.
+        meta: JSON that each checkpoint carries beside the loop's own.
+        resumed: the `meta` of the checkpoint that `state` comes from.
+        started: `time.perf_counter()` when the clock of this process began; now by default.
+        save_minutes: longest time between two checkpoints.
+
+    Returns:
+        The last state.
+
+    Raises:
+        NonFinite: a loss, gradient norm or validation value is NaN or infinite.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
+    """
+    resumed = resumed or {}
+    started = time.perf_counter() if started is None else started
+    rows: list[dict[str, float]] = list(resumed.get("rows", ()))  # metrics of the steps since the last line
+    at = int(state.step)
+    saved = at  # the newest step that a checkpoint holds
+    unread: dict[str, Array] | None = None  # metrics of the newest step, still being computed
+    timer = _Timer()
+
+    def read(last_step: int) -> None:
+        nonlocal unread
+        if unread is not None:
+            row = {name: float(np.asarray(value)) for name, value in unread.items()}
+            unread = None
+            for name in ("loss", "grad_norm"):
+                _check(name, row[name], last_step, checkpoints)
+            rows.append(row)
+
+    def save(value: float | None = None) -> None:
+        nonlocal saved
+        timer.pause()
+        for lines in (metrics, timings):
+            lines.sync()
+        own = {"step": at, "rows": list(rows), "seconds": seconds(resumed, started)}
+        checkpoints.save(at, state, {**(meta or {}), **own}, value)
+        saved = at
+        timer.saved = time.perf_counter()
+
+    with _signals() as received, _bar(steps, at, unit) as bar:
+        while at < steps:
+            state, new = step(state, batch_at(at), key)
+            read(at)  # one step behind, so that the device never waits for Python
+            unread, at = new, at + 1
+            log, evaluate = at % log_every == 0 or at == steps, at % eval_every == 0 or at == steps
+            save_now = time.perf_counter() - timer.saved > 60 * save_minutes
+            stop = received[0] if received else None  # looked at once: a signal may come at any moment
+            if log or evaluate or save_now or stop:
+                read(at)
+            timer.tick()
+            bar.update()
+            if log:
+                line = {name: math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]}
+                rows.clear()
+                metrics.write(at, **line)
+                speed = timer.lap(items)
+                timings.write(
+                    at, seconds=seconds(resumed, started), **({} if speed is None else {f"{unit}_per_second": speed})
+                )
+                shown = {name: f"{value:.3f}" for name, value in line.items() if name != "grad_norm"}
+                bar.set_postfix({**shown, **({} if speed is None else {f"{unit}/s": f"{speed:,.0f}"})}, refresh=False)
+            if evaluate:
+                timer.pause()
+                values = validate(state)
+                for name, value in values.items():
+                    _check(name, value, at, checkpoints)
+                metrics.write(at, **values)
+                bar.write(f"step {at:,}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+                save(values[best])
+            elif save_now or stop:
+                save()
+            if stop and at < steps:
+                checkpoints.wait()
+                name = signal.Signals(stop).name
+                raise Interrupted(f"{name}: saved step {at:,} of {steps:,} in {checkpoints.directory}", 128 + stop)
+    if saved < at:
+        save()
+    checkpoints.wait()
+    return state
+
+
+class _Timer:
+    """Measures the steps alone: neither compilation nor validation nor saving."""
+
+    def __init__(self) -> None:
+        self.saved = time.perf_counter()
+        self._since: float | None = None  # None: the step now running is not measured
+        self._steps, self._seconds = 0, 0.0
+
+    def tick(self) -> None:
+        now = time.perf_counter()
+        if self._since is not None:
+            self._steps, self._seconds = self._steps + 1, self._seconds + now - self._since
+        self._since = now
+
+    def pause(self) -> None:
+        self._since = None
+
+    def lap(self, items: int) -> float | None:
+        """Returns items per second since the last lap, or None if no step was measured."""
+        speed = items * self._steps / self._seconds if self._seconds > 0 else None
+        self._steps, self._seconds = 0, 0.0
+        return speed
+
+
+def _check(name: str, value: float, step: int, checkpoints: Checkpoints) -> None:
+    if not math.isfinite(value):
+        steps = checkpoints.steps()
+        good = (
+            f"the last good checkpoint is step {steps[-1]:,} in {checkpoints.directory}"
+            if steps
+            else ("no checkpoint was written before it")
+        )
+        raise NonFinite(
+            f"{name} is {value} at step {step:,}; {good}; in a new --workdir try a lower learning rate, a lower clip, "
+            "or float32"
+        )
+
+
+def _bar(steps: int, at: int, unit: str) -> Any:
+    live = sys.stderr.isatty()
+    return tqdm.tqdm(
+        total=steps, initial=at, unit="step", dynamic_ncols=live, mininterval=0.2 if live else 15.0, smoothing=0.1
+    )
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying of them; a second one acts at once."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _frame: Any) -> None:
+        received.append(number)
+        print("\nstopping when the step or validation now running is done; again to stop at once", file=sys.stderr)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

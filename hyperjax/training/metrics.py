@@ -1,0 +1,168 @@
+"""What a run writes down: JSON lines that survive a kill, a summary, and a picture of the curves."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+class JsonLines:
+    """An append-only file of JSON objects, each with a `step`.
+
+    Opening it for a run that resumes at step s drops what comes after s, and the torn line that a kill may have
+    left: those lines are written again. Values that a rerun repeats to the bit belong in one file (metrics), times
+    in another.
+
+    Args:
+        path: the file; created if absent.
+        step: the step that the run resumes from; 0 starts afresh.
+
+    Raises:
+        ValueError: a line before the last is not a JSON object with a step.
+    """
+
+    def __init__(self, path: str | os.PathLike, step: int):
+        self.path = Path(path)
+        keep = 0
+        if self.path.exists():
+            for row, end in _rows(self.path):
+                if row["step"] > step:
+                    break
+                keep = end
+        self._file = self.path.open("ab")
+        self._file.truncate(keep if step else 0)
+
+    def write(self, step: int, **values: float) -> None:
+        """Appends a line; NaN and infinity are refused with a ValueError."""
+        self._file.write((json.dumps({"step": step, **values}, allow_nan=False) + "\n").encode())
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Returns once every line is on the disk, so that no checkpoint is ahead of its metrics."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def __enter__(self) -> "JsonLines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _rows(path: Path):
+    """Yields each row of a file and the offset where it ends; a torn last line ends the iteration."""
+    end = 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not line.endswith(b"\n") or not isinstance(row["step"], int):
+                raise ValueError("torn")
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):
+                return
+            raise ValueError(
+                f"line {number} of {path} is damaged, expected a JSON object with a step; restore the file, or choose "
+                "another --workdir"
+            ) from None
+        end += len(line)
+        yield row, end
+
+
+def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Reads a file that `JsonLines` wrote.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its rows, in order; without the last line if that is torn.
+
+    Raises:
+        ValueError: a line before the last is damaged.
+    """
+    return [row for row, _ in _rows(Path(path))]
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Replaces a file in one step: after a kill it holds the old text or the new one, never a part."""
+    path = Path(path)
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=path.name, delete=False) as file:
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Replaces a JSON file in one step; see `write_text`."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def plot_curves(
+    metrics: str | os.PathLike,
+    path: str | os.PathLike,
+    *,
+    train: str = "bpc",
+    valid: str = "valid_bpc",
+    label: str = "bits per character",
+    title: str = "",
+) -> None:
+    """Draws training and validation curves over steps, with the best validation value marked.
+
+    Args:
+        metrics: the file of metrics, written by `JsonLines`.
+        path: the PNG to write.
+        train: key of the training curve.
+        valid: key of the validation curve.
+        label: what the vertical axis shows, with its unit.
+        title: one line over the picture.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    rows = read_lines(metrics)
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.subplots()
+    curves: tuple[tuple[str, str, dict[str, Any]], ...] = (
+        (train, "train", {"color": "#9db4c8", "lw": 1.6}),
+        (valid, "validation", {"color": "#c2410c", "lw": 2, "marker": "o", "ms": 4.5, "mec": "white"}),
+    )
+    for key, name, style in curves:
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if not points:
+            continue
+        axes.plot(*zip(*points, strict=True), label=name, **style)
+        if key == valid:
+            step, best = min(points, key=lambda point: point[1])
+            axes.axhline(best, color=style["color"], lw=0.8, ls=":", zorder=0)
+            text = f"best {best:.3f} at step {step:,}"
+            axes.annotate(
+                text, (0.99, best), (0, -12), ("axes fraction", "data"), "offset points", ha="right", fontsize=9
+            )
+    seen = sorted(row[key] for row in rows for key in (train, valid) if key in row)
+    if seen:  # the first steps are far above all others and would flatten the rest
+        top = seen[min(len(seen) - 1, int(0.98 * len(seen)))]
+        low, span = seen[0], max(top - seen[0], 1e-3)
+        axes.set_ylim(low - 0.13 * span, top + 0.08 * span)
+        axes.legend(frameon=False, loc="upper right")
+    axes.set_xlabel("step")
+    axes.set_ylabel(label)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(axis="y", color="0.92")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    with tempfile.NamedTemporaryFile(dir=Path(path).parent, suffix=".png", delete=False) as file:
+        figure.savefig(file, format="png", dpi=150)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)

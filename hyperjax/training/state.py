@@ -1,0 +1,79 @@
+"""The state of a training run, and the step that advances it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+Array = jax.Array
+LossFn = Callable[[Any, Any, Any, Array], tuple[Array, tuple[Any, dict[str, Array]]]]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a step changes; saved and restored as a whole.
+
+    Attributes:
+        step: number of updates made so far, scalar int32.
+        params: pytree of parameters.
+        opt_state: the optimizer's state.
+        carry: what flows from batch to batch, as the recurrent state does; () where nothing does.
+    """
+
+    step: Array
+    params: Any
+    opt_state: Any
+    carry: Any = ()
+
+    @classmethod
+    def create(cls, params: Any, optimizer: optax.GradientTransformation, carry: Any = ()) -> "TrainState":
+        """Returns the state before the first step."""
+        return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params), carry)
+
+
+def make_step(
+    loss_fn: LossFn, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
+    """Builds the training step: one jitted function that donates its state.
+
+    Args:
+        loss_fn: (params, carry, batch, key) -> (scalar loss, (new carry, dict of scalar metrics)).
+        optimizer: an optax transformation.
+
+    Returns:
+        step(state, batch, key) -> (new state, metrics). `key` is the run's key: the step folds its own number into
+        it, so that a resumed run draws what it would have drawn. The metrics gain `loss` and `grad_norm` (before
+        clipping); if both are finite, so are the new parameters.
+    """
+
+    def step(state: TrainState, batch: Any, key: Array) -> tuple[TrainState, dict[str, Array]]:
+        gradient = jax.value_and_grad(loss_fn, has_aux=True)
+        step_key = jax.random.fold_in(key, state.step)
+        (loss, (carry, metrics)), grads = gradient(state.params, state.carry, batch, step_key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": loss, **metrics, "grad_norm": optax.tree.norm(grads)}
+        return TrainState(state.step + 1, params, opt_state, carry), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def schedule(learning_rate: float, steps: int, decay: float = 0.0) -> optax.Schedule:
+    """A constant learning rate that may end in half a cosine.
+
+    Args:
+        learning_rate: the rate until the decay sets in.
+        steps: length of the whole run.
+        decay: the final fraction of the run over which the rate falls to zero: 0 never, 1 from the first step on.
+
+    Returns:
+        Step number -> learning rate.
+    """
+    falling = round(decay * steps)
+    if falling == 0:
+        return optax.constant_schedule(learning_rate)
+    cosine = optax.cosine_decay_schedule(learning_rate, falling)
+    return optax.join_schedules([optax.constant_schedule(learning_rate), cosine], [steps - falling])

@@ -1,0 +1,262 @@
+"""experiments/char_lm.py: it trains, survives a kill, and says in one line what is wrong with its input."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from hyperjax.data import evaluation_windows, load_corpus
+from hyperjax.recurrent import CELLS, PAPER_MODELS
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "experiments" / "char_lm.py"
+TINY = [
+    *("--model=lstm", "--units=8", "--keep=0.9", "--batch=4", "--length=16", "--eval-batch=32", "--learning-rate=0.01"),
+    *("--steps=240", "--eval-every=60", "--log-every=7", "--sample-length=20", "--prime-length=10"),
+]
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("char_lm", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["char_lm"] = module  # tyro reads the comments of the fields from its source
+    spec.loader.exec_module(module)
+    return module
+
+
+char_lm = load_script()
+
+
+@pytest.fixture(scope="module")
+def corpus_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    lines = [f"{n} green bottles, and {n * n % 97} are hanging on the wall." for n in range(400)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(corpus_file, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    arguments = [*TINY, f"--corpus={corpus_file}", f"--workdir={workdir}"]
+    assert char_lm.main(arguments) == 0
+    return workdir, arguments
+
+
+def test_a_run_leaves_what_it_should(finished, capsys):
+    workdir, arguments = finished
+    names = {path.name for path in workdir.iterdir()}
+    assert names >= {
+        "config.json",
+        "metrics.jsonl",
+        "timings.jsonl",
+        "summary.json",
+        "curves.png",
+        "sample.txt",
+        "checkpoints",
+    }
+    summary = json.loads((workdir / "summary.json").read_text())
+    needed = "valid_bpc test_bpc chars_per_second params params_unique seconds device jax_version git_commit seed"
+    assert set(needed.split()) <= summary.keys()
+    assert not any(isinstance(value, dict | list) for value in summary.values())
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    valid = {row["step"]: row["valid_bpc"] for row in rows if "valid_bpc" in row}
+    assert list(valid) == [60, 120, 180, 240]
+    assert summary["valid_bpc"] == valid[summary["best_step"]] == min(valid.values())
+    assert valid[240] < valid[60] < 6
+    assert len((workdir / "sample.txt").read_text(encoding="utf-8")) == 31
+    capsys.readouterr()
+    assert char_lm.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "holds a finished run" in printed
+    assert f"{summary['test_bpc']}" in printed
+
+
+def kill_when(metrics, lines, arguments):
+    """Starts the script in a process of its own and kills it once its metrics have so many lines."""
+    with subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        until = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < until:
+            if metrics.exists() and metrics.read_bytes().count(b"\n") >= lines:
+                break
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -9
+
+
+def test_a_run_killed_twice_resumes_to_the_same_metrics(finished, corpus_file, tmp_path, capsys):
+    arguments = [*TINY, f"--corpus={corpus_file}", f"--workdir={tmp_path}", "--save-minutes=0.0002"]
+    metrics = tmp_path / "metrics.jsonl"
+    for lines in (3, 20):
+        kill_when(metrics, lines, arguments)
+    assert not (tmp_path / "summary.json").exists()
+    with metrics.open("ab") as file:
+        file.write(b'{"step": 238, "lo')  # and a line torn in the middle
+    assert char_lm.main(arguments) == 0
+    assert "resuming after step" in capsys.readouterr().out
+    assert metrics.read_bytes() == (finished[0] / "metrics.jsonl").read_bytes()
+
+
+def test_evaluation_is_the_same_at_any_batch_size(corpus_file):
+    corpus = load_corpus(str(corpus_file))
+    config = char_lm.Config(model="hyper_lstm", units=12, hyper_units=4)
+    model = char_lm.make_model(config, len(corpus.symbols))
+    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    bpc = char_lm.make_bpc(model)
+    values = [bpc(params, evaluation_windows(corpus.valid, batch, 25)) for batch in (1, 7, 40)]
+    assert max(values) - min(values) < 1e-5
+
+
+def parameters(config, vocabulary):
+    model = char_lm.make_model(config, vocabulary)
+    tree = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(("preset", "vocabulary", "budget"), [("quick", 104, 350_000), ("cpu", 50, 1_000_000)])
+def test_models_of_a_preset_have_equal_parameters_and_recipes(preset, vocabulary, budget):
+    configs = [char_lm.defaults(preset, model) for model in CELLS]
+    assert [round(parameters(config, vocabulary) / budget, 2) for config in configs] == [1.0] * 5
+    recipes = {(c.keep, c.batch, c.length, c.epochs, c.learning_rate, c.clip, c.decay, c.hyper_units) for c in configs}
+    assert len(recipes) == 1
+
+
+@pytest.mark.parametrize("row", PAPER_MODELS)
+def test_the_paper_preset_is_the_papers(row):
+    published = {
+        "lstm": 4_254_050,
+        "lstm_1250": 6_567_550,
+        "lstm_2x1000": 12_258_050,
+        "ln_lstm": 4_264_050,
+        "hyper_lstm": 4_911_874,
+        "ln_hyper_lstm": 4_923_154,
+        "ln_hyper_lstm_large": 5_085_682,
+        "ln_hyper_lstm_2x": 14_407_714,
+    }
+    config = char_lm.defaults("paper", row)
+    assert parameters(config, 50) == published[row]
+    assert (config.corpus, config.batch, config.length, config.learning_rate, config.clip) == ("ptb", 128, 100, 1e-3, 1)
+    assert config.decay == 0
+    assert config.keep == {"ln_hyper_lstm_large": 0.85, "ln_hyper_lstm_2x": 0.8}.get(row, 0.9)
+
+
+def refused(capsys, *arguments):
+    """Runs the script on bad input; returns its one line."""
+    with pytest.raises(SystemExit) as stop:
+        char_lm.main([str(argument) for argument in arguments])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.fixture
+def nothing_compiled(monkeypatch):
+    """Fails the test if anything is compiled."""
+
+    def compiled(name, *_, **__):
+        assert "compile" not in name, name
+
+    before = jax._src.monitoring.get_event_duration_listeners()
+    jax.monitoring.register_event_duration_secs_listener(compiled)
+    yield
+    jax._src.monitoring.unregister_event_duration_listener(compiled)
+    assert jax._src.monitoring.get_event_duration_listeners() == before
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "line"),
+        [
+            (["--preset=huge"], "preset is 'huge', expected one of quick, cpu, paper"),
+            (["--model=gru"], "model is 'gru', expected one of --preset quick of lstm, ln_lstm, hyper_rnn"),
+            (["--preset=paper", "--model=hyper_rnn"], "lstm_2x1000"),
+            (["--unitz=3"], "--unitz is not a field of this experiment; did you mean --units?"),
+            (["--learning-rate=-0.1"], "--learning-rate is -0.1, expected a positive number"),
+            (["--learning-rate=nan"], "--learning-rate is nan, expected"),
+            (["--keep=0"], "--keep is 0.0, expected a probability in (0, 1]"),
+            (["--keep=1.01"], "--keep is 1.01, expected a probability in (0, 1]"),
+            (["--decay=2"], "--decay is 2.0, expected a fraction"),
+            (["--batch=0"], "--batch is 0, expected a whole number of at least 1"),
+            (["--remat-chunk=0"], "--remat-chunk is 0"),
+            (["--clip=inf"], "--clip is inf"),
+            (["--batch=1000", "--length=1000"], "batch 1000 x length 1000 needs 1000001 characters"),
+            (["--corpus=absent"], "corpus 'absent' is unknown"),
+        ],
+    )
+    def test_values(self, tmp_path, monkeypatch, capsys, arguments, line):
+        monkeypatch.chdir(tmp_path)
+        assert line in refused(capsys, *arguments)
+        assert list(tmp_path.iterdir()) == []  # bad input leaves no workdir behind
+
+    @pytest.mark.parametrize(("content", "line"), [(b"", "is empty"), (b"caf\xe9 " * 99, "not UTF-8")])
+    def test_text_files(self, tmp_path, capsys, content, line):
+        path = tmp_path / "text.txt"
+        path.write_bytes(content)
+        assert line in refused(capsys, f"--corpus={path}", f"--workdir={tmp_path / 'run'}")
+
+    def test_penn_treebank_files(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+        folder = tmp_path / "ptb"
+        folder.mkdir()
+        for split in ("train", "valid", "test"):
+            (folder / f"ptb.{split}.txt").write_text(" no it was n't black monday \n")
+        workdir = f"--workdir={tmp_path / 'run'}"
+        assert "SHA-256" in refused(capsys, "--preset=cpu", f"--data-dir={folder}", workdir)
+        archive = tmp_path / "ptb.zip"
+        with zipfile.ZipFile(archive, "w") as file:
+            for path in folder.iterdir():
+                file.write(path, path.name)
+        archive.write_bytes(archive.read_bytes()[:150])
+        assert "damaged" in refused(capsys, "--preset=cpu", f"--data-dir={archive}", workdir)
+
+    def test_workdirs(self, finished, corpus_file, tmp_path, capsys):
+        workdir, arguments = finished
+        kept = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+        line = refused(capsys, *arguments, "--units=9", "--clip=2")
+        assert "another configuration: units 8 -> 9, clip 1.0 -> 2.0; use the old values" in line
+        assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == kept
+        assert "cannot write in" in refused(capsys, *TINY, f"--corpus={corpus_file}", f"--workdir={corpus_file}/run")
+
+    def test_a_second_process_in_the_workdir(self, corpus_file, tmp_path, capsys):
+        arguments = [*TINY, f"--corpus={corpus_file}", f"--workdir={tmp_path}"]
+        config = char_lm.training.parse(char_lm.defaults, argv=arguments)
+        with char_lm.training.Workdir(tmp_path, config, char_lm.FREE).open():
+            assert f"is in use by process {os.getpid()}" in refused(capsys, *arguments)
+
+
+def test_another_text_under_the_same_name_is_refused(corpus_file, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_bytes(corpus_file.read_bytes())
+    arguments = [*TINY, f"--corpus={text}", f"--workdir={tmp_path / 'run'}", "--steps=4"]
+    assert char_lm.main(arguments) == 0
+    (tmp_path / "run" / "summary.json").unlink()
+    capsys.readouterr()
+    text.write_text(text.read_text().replace("green", "brown"))
+    assert "has changed since this run began" in refused(capsys, *arguments)
+    text.write_bytes(corpus_file.read_bytes())
+    assert char_lm.main(arguments) == 0
+
+
+def test_a_loss_that_is_not_finite_exits_with_1(corpus_file, tmp_path, capsys):
+    arguments = [*TINY, f"--corpus={corpus_file}", f"--workdir={tmp_path}", "--learning-rate=3e38"]
+    with pytest.raises(SystemExit) as stop:
+        char_lm.main(arguments)
+    assert stop.value.code == 1
+    assert "at step" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "summary.json").exists()

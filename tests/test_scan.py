@@ -1,0 +1,120 @@
+"""The deferred scan against a plain scan: values, every gradient, memory, and what its loop may not contain."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from test_cells import CASES, T, cases, setup
+
+from hyperjax.recurrent import FastRNN, HyperLSTM, Weights, deferred_scan
+from hyperjax.recurrent.scan import product
+
+
+def plain_scan(cell, params, carry, x, masks=None):
+    """The cell's own step under lax.scan, differentiated by JAX as it stands."""
+
+    def body(carry, at_t):
+        x_t, mask = at_t
+        w = cell.bind({"params": params}).weights(x_t.shape[-1])
+        xp = {k: product(x_t, v) for k, v in w.inputs.items()}
+        hp = {k: product(carry[1], v) for k, v in w.recurrent.items()}
+        new = cell.step(w.small, carry, xp, hp, mask)
+        return new, new[1]
+
+    return lax.scan(body, carry, (x, masks))
+
+
+def fast_scan(cell, params, carry, x, masks=None):
+    return deferred_scan(cell.step, cell.bind({"params": params}).weights(x.shape[-1]), carry, x, masks)
+
+
+@cases
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-9), (np.float32, 1e-4)])
+def test_gradients_are_the_plain_scans(name, dtype, tolerance):
+    with jax.enable_x64(dtype == np.float64):
+        cell, params, carry, x, _ = setup(name, dtype=dtype)
+        masks = None
+        if name != "hyper_rnn":
+            cell = cell.clone(keep=0.7)
+            masks = np.random.default_rng(3).random((T, x.shape[1], cell.units)) < 0.7
+        arguments = jax.tree.map(lambda a: jnp.asarray(a, dtype), (params, carry, x))
+        weight = jnp.asarray(np.random.default_rng(4).normal(size=(T, x.shape[1], cell.units)), dtype)
+
+        def loss(scan, *arguments):
+            last, h = scan(cell, *arguments, masks)
+            return jnp.vdot(weight, h) + sum(jnp.sum(jnp.sin(c)) for c in last)
+
+        want = jax.jit(jax.value_and_grad(lambda *a: loss(plain_scan, *a), argnums=(0, 1, 2)))(*arguments)
+        got = jax.jit(jax.value_and_grad(lambda *a: loss(fast_scan, *a), argnums=(0, 1, 2)))(*arguments)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert a.dtype == dtype
+            np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * float(np.max(np.abs(b))))
+
+
+@pytest.mark.parametrize("chunk", [4, 5])
+def test_rematerialisation_changes_no_number(chunk):
+    cell = CASES["ln_hyper_lstm"][0](8, **CASES["ln_hyper_lstm"][1], keep=0.7)
+    x = jax.random.normal(jax.random.key(0), (3, 10, 5))
+    variables = jax.jit(FastRNN(cell).init)({"params": jax.random.key(1), "dropout": jax.random.key(2)}, x)
+
+    def outcome(layer):
+        def loss(v, x):
+            carry, h = layer.apply(v, x, rngs={"dropout": jax.random.key(5)})
+            return jnp.sum(jnp.cos(h)), (carry, h)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(variables, x)
+
+    for a, b in zip(
+        *map(jax.tree.leaves, (outcome(FastRNN(cell)), outcome(FastRNN(cell, remat_chunk=chunk)))), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def gradient_of(layer, x):
+    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+    return jax.jit(jax.grad(lambda v, x: jnp.sum(layer.apply(v, x)[1] ** 2))).lower(variables, x)
+
+
+def test_rematerialisation_needs_at_most_a_third_of_the_memory():
+    cell, x = HyperLSTM(64, hyper_units=16, layer_norm=True), jnp.zeros((16, 400, 10))
+    plain, remat = (
+        gradient_of(FastRNN(cell, remat_chunk=c), x).compile().memory_analysis().temp_size_in_bytes for c in (None, 20)
+    )
+    assert remat < plain / 3
+
+
+def test_no_big_weight_gradient_is_formed_inside_the_loop():
+    """In the whole gradient, a product that yields a [units, units] array stands outside every loop body."""
+    units, text = 37, gradient_of(FastRNN(HyperLSTM(37, hyper_units=8)), jnp.zeros((5, 7, 3))).as_text()
+    shaped = re.compile(rf"dot_general.*-> tensor<{units}x{units}xf32>")
+    inside, outside, loops = 0, 0, []
+    for line in text.splitlines():
+        if "stablehlo.while" in line:
+            loops.append(len(line) - len(line.lstrip()))
+        while loops and line.startswith(" " * loops[-1] + "}") and " do {" not in line:
+            loops.pop()
+        if shaped.search(line):
+            inside, outside = (inside + 1, outside) if loops else (inside, outside + 1)
+    assert (inside, outside) == (0, 4)
+
+
+def test_takes_any_pointwise_cell():
+    """A cell of the reader's own: h' = tanh(x W + h R + b), against a loop in Python."""
+    rng = np.random.default_rng(0)
+    W, R, b = rng.normal(size=(3, 4)), rng.normal(size=(4, 4)), rng.normal(size=(4,))
+    x = rng.normal(size=(5, 2, 3))
+
+    def step(small, carry, xp, hp, noise):
+        return carry[0] + 1, jnp.tanh(xp["w"] + hp["r"] + small[None])
+
+    with jax.enable_x64(True):
+        (count, last), h = deferred_scan(step, Weights({"w": W}, {"r": R}, b), (jnp.zeros((2, 1)), np.zeros((2, 4))), x)
+        state = np.zeros((2, 4))
+        for t in range(5):
+            state = np.tanh(x[t] @ W + state @ R + b)
+            np.testing.assert_allclose(h[t], state, rtol=1e-12)
+        np.testing.assert_array_equal(last, h[-1])
+        np.testing.assert_array_equal(count, 5)
