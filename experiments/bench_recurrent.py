@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,16 +158,16 @@ def measure(config: Config) -> dict[str, float]:
         if name == "ours":
             weights = FastRNN(cell(config)).bind(variables).cell.weights(config.features)
         call, figures[f"compile_seconds_{name}"] = compiled(gradient(layer, v), variables, x)
-        runs[name] = lambda call=call, variables=variables: jax.block_until_ready(call(variables, x))
+        runs[name] = partial(call, variables, x)
     call, figures["compile_seconds_floor"] = compiled(floor(weights, config), x, v[0])
-    runs["floor"] = lambda call=call: jax.block_until_ready(call(x, v[0]))
+    runs["floor"] = partial(call, x, v[0])
     runs |= torch_candidates(config, config.steps)
 
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(config.repeats + 1):
         for name, run in runs.items():
             start = time.perf_counter()
-            run()
+            jax.block_until_ready(run())
             if repeat:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
     figures |= {f"seconds_{name}": float(np.median(values)) for name, values in seconds.items()}

@@ -1,5 +1,7 @@
 """The scales that hyper cells generate, against the NumPy reference run step by step."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +16,10 @@ IDS = np.array([-1, 3, 0, 0, 4, 2, 1, 3, 3])
 cells = pytest.mark.parametrize("cell", ["hyper_rnn", "hyper_lstm", "ln_hyper_lstm"])
 
 
+@functools.cache
 def make(cell, layers=2):
     model = LanguageModel(cell, vocabulary=V, units=H, layers=layers, hyper_units=4, embedding=3)
-    params = model.init(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))["params"]
     rng = np.random.default_rng(2)
     return model, jax.tree.map(lambda a: a + 0.3 * rng.normal(size=a.shape).astype(np.float32), params)
 
@@ -87,7 +90,7 @@ def test_no_jit_gives_the_same_scales():
 @cells
 def test_a_text_may_be_read_in_parts(cell):
     model, params = make(cell)
-    carry = model.apply({"params": params}, jnp.asarray(IDS[None, :4]))["carry"]
+    carry = jax.jit(model.apply)({"params": params}, jnp.asarray(IDS[None, :4]))["carry"]
     for read in (generated_scales, scale_changes):
         whole, first, rest = (read(model, params, *a) for a in ((IDS,), (IDS[:4],), (IDS[4:], carry)))
         joined = jax.tree.map(lambda *parts: np.concatenate(parts), first, rest)
@@ -97,7 +100,7 @@ def test_a_text_may_be_read_in_parts(cell):
 @cells
 def test_a_new_model_scales_by_a_tenth_whatever_it_reads(cell):
     model = LanguageModel(cell, vocabulary=V, units=H, hyper_units=4, embedding=3)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     for name, d_NH in generated_scales(model, params, IDS)["layer_0"].items():
         np.testing.assert_allclose(d_NH, 0.0 if name.startswith("b") else 0.1, rtol=1e-6)
     for moved_N in scale_changes(model, params, IDS)["layer_0"].values():
@@ -119,6 +122,6 @@ def test_a_new_model_scales_by_a_tenth_whatever_it_reads(cell):
 )
 @pytest.mark.parametrize("read", [generated_scales, scale_changes])
 def test_bad_input(read, cell, change, message):
-    model, params = make(cell, layers=1)
+    model = LanguageModel(cell, vocabulary=V, units=H, hyper_units=4)  # refused before the parameters are looked at
     with pytest.raises(ValueError, match=message):
-        read(model, params, **{"ids": IDS} | change)
+        read(model, {}, **{"ids": IDS} | change)

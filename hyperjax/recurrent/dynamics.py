@@ -65,13 +65,8 @@ def scale_changes(
       the norm of the changes of the four recurrent matrices.
     """
     ids, carry = _checked(model, ids, carry)
-    scales, before = _scales(model, params, ids, carry)
-    gates = _gates(model.make_cell())
-
-    def distance(layer, name):
-        return jnp.linalg.norm(jnp.diff(scales[layer][name], axis=0, prepend=before[layer][name]), axis=-1)
-
-    return {layer: {y: distance(layer, "h" + y) for y in gates} for layer in scales}
+    moved = _changes(model, params, ids, carry)
+    return {layer: {y: each[y] for y in _gates(model.make_cell())} for layer, each in moved.items()}  # jit sorts keys
 
 
 def _gates(cell: Cell) -> tuple[str, ...]:
@@ -107,6 +102,16 @@ def _scales(model: LanguageModel, params: Any, ids: Array, carry: tuple) -> tupl
         layer = f"layer_{n}"
         scales[layer], before[layer], x_N1D = _layer(model.make_cell(), params[layer]["cell"], carry[n], x_N1D)
     return scales, before
+
+
+@partial(jax.jit, static_argnames="model")
+def _changes(model: LanguageModel, params: Any, ids: Array, carry: tuple) -> dict[str, dict[str, Array]]:
+    scales, before = _scales(model, params, ids, carry)
+
+    def distance(layer, name):
+        return jnp.linalg.norm(jnp.diff(scales[layer][name], axis=0, prepend=before[layer][name]), axis=-1)
+
+    return {layer: {y: distance(layer, "h" + y) for y in _gates(model.make_cell())} for layer in scales}
 
 
 def _layer(cell: Cell, params: Any, carry: tuple, x_N1D: Array) -> tuple[dict, dict, Array]:

@@ -68,10 +68,11 @@ class LanguageModel(nn.Module):
         Raises:
           ValueError: units, hyper_units, embedding or keep out of range.
         """
-        common: dict[str, Any] = {"units": self.units, "keep": self.keep, "deterministic": deterministic, "dtype": self.dtype}
+        common: dict[str, Any] = {"deterministic": deterministic, "dtype": self.dtype, "parent": None}
+        common |= {"units": self.units, "keep": self.keep}
         if self.cell in ("lstm", "ln_lstm"):
-            return LSTM(**common, layer_norm=self.cell == "ln_lstm", parent=None)
-        hyper: dict[str, Any] = {"hyper_units": self.hyper_units, "embedding": self.embedding, "parent": None}
+            return LSTM(**common, layer_norm=self.cell == "ln_lstm")
+        hyper: dict[str, Any] = {"hyper_units": self.hyper_units, "embedding": self.embedding}
         if self.cell == "hyper_rnn":
             return HyperRNN(**common | {"keep": 1.0}, **hyper)
         return HyperLSTM(**common, **hyper, layer_norm=self.cell == "ln_hyper_lstm")

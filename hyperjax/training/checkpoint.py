@@ -41,13 +41,15 @@ class Checkpoints(Generic[T]):
         self.best: tuple[int, float] | None = None
         self.notes: list[str] = []
         self._manager: ocp.CheckpointManager | None = None
+        self._damaged: list[int] = []  # steps that a restore passed over
 
     def steps(self) -> list[int]:
-        """Steps of the finished checkpoints on disk, damaged ones included, in rising order."""
+        """Steps of the finished checkpoints on disk, without those that `restore` passed over, in rising order."""
         self.wait()
         if not self.directory.is_dir():
             return []
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.is_dir() and path.name.isdecimal())
+        found = {int(path.name) for path in self.directory.iterdir() if path.is_dir() and path.name.isdecimal()}
+        return sorted(found - set(self._damaged))
 
     def save(self, step: int, state: T, meta: dict[str, Any], value: float | None = None) -> None:
         """Saves a state in the background; a step that is already saved is left alone.
@@ -61,6 +63,8 @@ class Checkpoints(Generic[T]):
         Raises:
             ValueError: a newer checkpoint exists, which Orbax would silently keep instead of this one.
         """
+        while self._damaged:
+            self._move_aside(self._damaged.pop())
         saved = self.steps()
         if step in saved:
             return
@@ -80,8 +84,8 @@ class Checkpoints(Generic[T]):
     def restore(self, like: T) -> tuple[T, dict[str, Any]] | None:
         """Restores the newest checkpoint that is whole.
 
-        Damaged ones are passed over, from the newest to the oldest, and then moved to `damaged/` beside the folder,
-        so that the run can save those steps again. Nothing is moved unless a whole one was found.
+        Damaged ones are passed over, from the newest to the oldest. Reading changes nothing on disk; the first `save`
+        after it moves them to `damaged/` beside the folder, so that the run can save those steps again.
 
         Args:
             like: a state (or a pytree of `jax.ShapeDtypeStruct`) with the shapes and dtypes to expect.
@@ -100,8 +104,8 @@ class Checkpoints(Generic[T]):
             except Damaged as error:
                 skipped.append((step, str(error)))
                 continue
-            for bad, why in skipped:
-                self.notes.append(f"checkpoint {bad} is damaged ({why}): moved to {self._move_aside(bad)}")
+            self._damaged = [bad for bad, _ in skipped]
+            self.notes += [f"checkpoint {bad} is damaged ({why}): passed over" for bad, why in skipped]
             self.best = tuple(item["best"]) if item["best"] else None
             if self.best and self.best[0] not in steps:
                 self.notes.append(
@@ -186,13 +190,13 @@ class Checkpoints(Generic[T]):
             raise Damaged("its arrays do not match their digest")
         return jax.tree.map(jnp.asarray, state), item
 
-    def _move_aside(self, step: int) -> Path:
+    def _move_aside(self, step: int) -> None:
         folder = self.directory.parent / "damaged"
         folder.mkdir(exist_ok=True)
         number, target = 1, folder / str(step)
         while target.exists():
             number, target = number + 1, folder / f"{step}-{number + 1}"
-        return (self.directory / str(step)).rename(target)
+        (self.directory / str(step)).rename(target)
 
 
 class Damaged(Exception):

@@ -247,8 +247,8 @@ def device() -> str:
     """Names the accelerators that JAX sees, and the CPU cores."""
     devices = jax.devices()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    kind = devices[0].device_kind
-    return f"{cores} CPU cores" if devices[0].platform == "cpu" else f"{len(devices)} x {kind}, {cores} CPU cores"
+    host = f"{cores} CPU core{'' if cores == 1 else 's'}"
+    return host if devices[0].platform == "cpu" else f"{len(devices)} x {devices[0].device_kind}, {host}"
 
 
 def git_commit(folder: Path) -> str | None:
