@@ -19,9 +19,9 @@ cells = pytest.mark.parametrize("cell", ["hyper_rnn", "hyper_lstm", "ln_hyper_ls
 @functools.cache
 def make(cell, layers=2):
     model = LanguageModel(cell, vocabulary=V, units=H, layers=layers, hyper_units=4, embedding=3)
-    params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))["params"]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     rng = np.random.default_rng(2)
-    return model, jax.tree.map(lambda a: a + 0.3 * rng.normal(size=a.shape).astype(np.float32), params)
+    return model, jax.tree.map(lambda a: jnp.asarray(0.5 * rng.normal(size=a.shape), jnp.float32), shapes)
 
 
 def reference(model, params, carry):
@@ -97,9 +97,8 @@ def test_a_text_may_be_read_in_parts(cell):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), joined, whole)
 
 
-@cells
-def test_a_new_model_scales_by_a_tenth_whatever_it_reads(cell):
-    model = LanguageModel(cell, vocabulary=V, units=H, hyper_units=4, embedding=3)
+def test_a_new_model_scales_by_a_tenth_whatever_it_reads():
+    model = LanguageModel("hyper_lstm", vocabulary=V, units=H, hyper_units=4, embedding=3)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     for name, d_NH in generated_scales(model, params, IDS)["layer_0"].items():
         np.testing.assert_allclose(d_NH, 0.0 if name.startswith("b") else 0.1, rtol=1e-6)

@@ -53,11 +53,11 @@ class Cell(nn.RNNCellBase):
 
     def weights(self, features: int) -> Weights:
         """Creates or reads the parameters for inputs of `features` columns."""
-        raise NotImplementedError(f"{type(self).__name__}.weights")
+        raise TypeError(f"{type(self).__name__} has to define `weights`")
 
     def step(self, small: Any, carry: tuple, xp: dict, hp: dict, noise: Array | None) -> tuple:
         """One time step after the big products: returns the new carry. A pure function of its arguments."""
-        raise NotImplementedError(f"{type(self).__name__}.step")
+        raise TypeError(f"{type(self).__name__} has to define `step`")
 
     def state_sizes(self) -> tuple[int, ...]:
         """The width of each array of the carry."""

@@ -72,22 +72,22 @@ def deferred_scan(
 
     @jax.custom_vjp
     def run(weights, carry, x_TBD, noise):
-        return forward(weights, carry, x_TBD, noise)[0]
+        return forward(weights, carry, x_TBD, noise, saves=False)[0]
 
-    def forward(weights, carry, x_TBD, noise):
+    def forward(weights, carry, x_TBD, noise, saves=True):
         xp = {k: product(x_TBD, w, dtype) for k, w in weights.inputs.items()}
 
         def body(carry, at_t):
             xp_t, noise_t = at_t
             hp = {k: product(carry[OUTPUT], w, dtype) for k, w in weights.recurrent.items()}
             new = step(weights.small, carry, xp_t, hp, noise_t)
-            return new, (carry, hp, new[OUTPUT])
+            return new, (new[OUTPUT], (carry, hp) if saves else None)
 
-        last, (carries, hp, h_TBH) = lax.scan(body, carry, (xp, noise))
-        return (last, h_TBH), (weights, x_TBD, noise, xp, carries, hp)
+        last, (h_TBH, saved) = lax.scan(body, carry, (xp, noise))
+        return (last, h_TBH), (weights, x_TBD, noise, xp, saved)
 
     def backward(residuals, cotangents):
-        weights, x_TBD, noise, xp, carries, hp = residuals
+        weights, x_TBD, noise, xp, (carries, hp) = residuals
         dlast, dh_TBH = cotangents
 
         def body(state, at_t):
