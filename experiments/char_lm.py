@@ -121,6 +121,22 @@ def make_model(config: Config, vocabulary: int) -> LanguageModel:
     return LanguageModel(cell=cell, vocabulary=vocabulary, **sizes, dtype=dtype, remat_chunk=config.remat_chunk)
 
 
+def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
+    """Adam on gradients clipped by their global norm."""
+    rate = training.schedule(config.learning_rate, steps, config.decay)
+    return optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(rate))
+
+
+def make_create(config: Config, model: LanguageModel, optimizer: Any) -> Callable[[jax.Array], training.TrainState]:
+    """Returns create(key): the state that training starts from."""
+
+    def create(key):
+        params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        return training.TrainState.create(params, optimizer, model.initialize_carry(config.batch))
+
+    return create
+
+
 def make_loss(model: LanguageModel) -> training.state.LossFn:
     """The loss of a window: mean cross entropy in nats, with the state carried over from the last one."""
 
@@ -149,13 +165,8 @@ def run(config: Config, corpus: Corpus, streams: Streams, workdir: training.Work
     model = make_model(config, len(corpus.symbols))
     steps = config.steps or math.ceil(config.epochs * streams.steps_per_epoch)
     init_key, train_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
-    rate = training.schedule(config.learning_rate, steps, config.decay)
-    optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(rate))
-
-    def create(key):
-        params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
-        return training.TrainState.create(params, optimizer, model.initialize_carry(config.batch))
-
+    optimizer = make_optimizer(config, steps)
+    create = make_create(config, model, optimizer)
     checkpoints: training.Checkpoints[training.TrainState] = training.Checkpoints(
         workdir.path / "checkpoints", config.keep_checkpoints
     )

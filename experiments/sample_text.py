@@ -20,9 +20,7 @@ from typing import Annotated, Any
 
 import char_lm
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 
 from hyperjax import training
@@ -100,27 +98,18 @@ def restore(workdir: Path, config: char_lm.Config, model: LanguageModel, corpus:
     Raises:
         ValueError: there is no checkpoint, none that is whole, or the corpus is not the one it was trained on.
     """
-    optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(lambda step: config.learning_rate))
-
-    def create(key):
-        params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
-        return training.TrainState.create(params, optimizer, model.initialize_carry(config.batch))
-
+    create = char_lm.make_create(config, model, char_lm.make_optimizer(config, steps=1))
     like = jax.eval_shape(create, jax.random.key(0))
-    changed = f"the text of {corpus.name} has changed since this run began; restore it, or train again"
     with training.Checkpoints[training.TrainState](workdir / "checkpoints") as checkpoints:
-        try:
-            restored = checkpoints.restore(like)
-        except ValueError as error:
-            if "is damaged" in str(error):
-                raise
-            raise ValueError(f"{changed} ({error})") from error  # other symbols make other shapes
-        tell(*checkpoints.notes)
-        if restored is None:
+        meta = checkpoints.meta()
+        if meta is None:
             raise ValueError(f"{workdir} has no checkpoint yet; let the run go on until it has saved one")
-        state, meta = restored
         if meta.get("fingerprint") != corpus.fingerprint:
-            raise ValueError(changed)
+            raise ValueError(f"the text of {corpus.name} has changed since this run began; restore it, or train again")
+        restored = checkpoints.restore(like)
+        assert restored is not None
+        state = restored[0]
+        tell(*checkpoints.notes)
         if checkpoints.best is None:
             tell("no checkpoint was evaluated yet: using the newest")
         else:

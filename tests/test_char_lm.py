@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from test_language_model import COUNTS
 
 from hyperjax.data import evaluation_windows, load_corpus
 from hyperjax.recurrent import CELLS, PAPER_MODELS
@@ -136,18 +137,8 @@ def test_models_of_a_preset_have_equal_parameters_and_recipes(preset, vocabulary
 
 @pytest.mark.parametrize("row", PAPER_MODELS)
 def test_the_paper_preset_is_the_papers(row):
-    published = {
-        "lstm": 4_254_050,
-        "lstm_1250": 6_567_550,
-        "lstm_2x1000": 12_258_050,
-        "ln_lstm": 4_264_050,
-        "hyper_lstm": 4_911_874,
-        "ln_hyper_lstm": 4_923_154,
-        "ln_hyper_lstm_large": 5_085_682,
-        "ln_hyper_lstm_2x": 14_407_714,
-    }
     config = char_lm.defaults("paper", row)
-    assert parameters(config, 50) == published[row]
+    assert parameters(config, 50) == COUNTS[row]
     assert (config.corpus, config.batch, config.length, config.learning_rate, config.clip) == ("ptb", 128, 100, 1e-3, 1)
     assert config.decay == 0
     assert config.keep == {"ln_hyper_lstm_large": 0.85, "ln_hyper_lstm_2x": 0.8}.get(row, 0.9)

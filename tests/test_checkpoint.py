@@ -191,3 +191,16 @@ def test_arguments_are_checked(tmp_path):
         Checkpoints(tmp_path, 0)
     with pytest.raises(ValueError, match=r"no checkpoint in .* was evaluated"):
         Checkpoints(tmp_path).restore_best(make_state())
+
+
+def test_meta_is_read_without_the_arrays(tmp_path):
+    assert Checkpoints(tmp_path).meta() is None
+    save(tmp_path, 1, 2)
+    want = Checkpoints(tmp_path).restore(make_state())[1]
+    tear_arrays(tmp_path / "2")
+    assert Checkpoints(tmp_path).meta() == want
+    damage_metadata(tmp_path / "2")
+    assert Checkpoints(tmp_path).meta() == Checkpoints(tmp_path).restore(make_state())[1] != want
+    damage_metadata(tmp_path / "1")
+    with pytest.raises(ValueError, match="every checkpoint in .* is damaged"):
+        Checkpoints(tmp_path).meta()

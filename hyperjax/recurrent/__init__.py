@@ -1,6 +1,7 @@
 """Recurrent nets: LSTM, layer-norm LSTM, HyperRNN, HyperLSTM, a fast scan over time, a character language model."""
 
 from hyperjax.recurrent.cells import LSTM, Cell
+from hyperjax.recurrent.dynamics import generated_scales, scale_changes
 from hyperjax.recurrent.full import FullHyperLSTM, FullHyperRNN
 from hyperjax.recurrent.hyper_cells import HyperLSTM, HyperRNN
 from hyperjax.recurrent.language_model import CELLS, PAPER_MODELS, LanguageModel
@@ -22,4 +23,6 @@ __all__ = [
     "Weights",
     "deferred_scan",
     "generate",
+    "generated_scales",
+    "scale_changes",
 ]

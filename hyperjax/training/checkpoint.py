@@ -1,5 +1,6 @@
 """Checkpoints by Orbax, with a digest of our own: written in the background, checked to the byte when read."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -121,6 +122,23 @@ class Checkpoints(Generic[T]):
             )
         return None
 
+    def meta(self) -> dict[str, Any] | None:
+        """Returns the `meta` of the newest checkpoint whose metadata are whole, without reading any array.
+
+        Returns:
+            The `meta`, or None if there is no checkpoint at all.
+
+        Raises:
+            ValueError: every checkpoint is damaged.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            with contextlib.suppress(Damaged):
+                return self._read_item(step)["meta"]
+        if steps:
+            raise ValueError(f"every checkpoint in {self.directory} is damaged; restore a copy of one")
+        return None
+
     def restore_best(self, like: T) -> T:
         """Restores the checkpoint with the lowest value.
 
@@ -167,23 +185,30 @@ class Checkpoints(Generic[T]):
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         return self._manager
 
-    def _read(self, step: int, like: T) -> tuple[T, dict[str, Any]]:
-        """Reads and checks one checkpoint; raises Damaged, or ValueError if it does not fit `like`."""
+    def _read_item(self, step: int) -> dict[str, Any]:
+        """Reads and checks the metadata of one checkpoint; raises Damaged."""
         self.wait()
-        path = self.directory / str(step)
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler("state", "meta")) as reader:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler("meta")) as reader:
             try:
-                item = reader.restore(path, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+                wanted = ocp.args.Composite(meta=ocp.args.JsonRestore())
+                item = reader.restore(self.directory / str(step), wanted)["meta"]
                 own = item.pop("own_sha256")
                 intact = own == _digest_json(item)
             except Exception as error:  # Orbax, TensorStore and JSON have no common exception
                 raise Damaged(f"its metadata cannot be read, {_line(error)}") from error
-            if not intact:
-                raise Damaged("its metadata does not match their digest")
-            _compare(step, item["arrays"], _describe(like))
-            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
+        if not intact:
+            raise Damaged("its metadata does not match their digest")
+        return item
+
+    def _read(self, step: int, like: T) -> tuple[T, dict[str, Any]]:
+        """Reads and checks one checkpoint; raises Damaged, or ValueError if it does not fit `like`."""
+        item = self._read_item(step)
+        _compare(step, item["arrays"], _describe(like))
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler("state")) as reader:
             try:
-                state = reader.restore(path, ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))["state"]
+                wanted = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
+                state = reader.restore(self.directory / str(step), wanted)["state"]
             except Exception as error:
                 raise Damaged(f"its arrays cannot be read, {_line(error)}") from error
         if _digest(state) != item["sha256"]:
