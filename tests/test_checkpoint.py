@@ -202,5 +202,5 @@ def test_meta_is_read_without_the_arrays(tmp_path):
     damage_metadata(tmp_path / "2")
     assert Checkpoints(tmp_path).meta() == Checkpoints(tmp_path).restore(make_state())[1] != want
     damage_metadata(tmp_path / "1")
-    with pytest.raises(ValueError, match="every checkpoint in .* is damaged"):
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
         Checkpoints(tmp_path).meta()
