@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from hyperjax.data import Streams, evaluation_windows
 
@@ -79,9 +81,10 @@ def test_a_negative_step_is_refused():
         Streams(IDS, 2, 5).window(-1)
 
 
-@pytest.mark.parametrize("size", [1, 2, 5, 97, 1003])
-@pytest.mark.parametrize("batch", [1, 2, 7, 64, 2000])
-@pytest.mark.parametrize("length", [1, 10, 100, 5000])
+@settings(derandomize=True, deadline=None)
+@given(size=st.integers(1, 1003), batch=st.integers(1, 2000), length=st.integers(1, 5000))
+@example(size=1, batch=1, length=1)
+@example(size=1003, batch=64, length=10)
 def test_evaluation_counts_every_character_once(size, batch, length):
     ids = IDS[:size]
     windows = evaluation_windows(ids, batch, length)
