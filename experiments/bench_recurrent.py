@@ -10,6 +10,7 @@ LSTM; and, where the `bench` extra is installed, PyTorch's LSTM and labml-nn's H
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -21,9 +22,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax import lax
 
+from hyperjax import training
 from hyperjax.recurrent import FastRNN, HyperLSTM, Weights
 from hyperjax.recurrent.scan import product
 
@@ -207,17 +208,24 @@ def report(config: Config, figures: dict[str, float]) -> None:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    config = tyro.cli(Config, args=argv, description=__doc__)
+def check(config: Config) -> None:
+    """Raises ValueError for a setting that makes no sense."""
     for name, value in dataclasses.asdict(config).items():
         if isinstance(value, int) and value < 1:
-            print(
-                f"error: --{name.replace('_', '-')} is {value}, expected a whole number of at least 1", file=sys.stderr
-            )
-            return 2
-    if config.json is not None and not Path(config.json).resolve().parent.is_dir():
-        print(f"error: --json {config.json}: its folder does not exist; create it first", file=sys.stderr)
-        return 2
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected a whole number of at least 1")
+    if config.hyper_units > config.units:
+        raise ValueError(f"--hyper-units is {config.hyper_units}, expected at most the --units, {config.units}")
+    if config.json is not None:
+        folder = os.path.dirname(os.path.abspath(config.json))
+        if os.path.isdir(config.json) or not os.access(folder, os.W_OK):
+            raise ValueError(f"--json is {config.json}, which cannot be written; choose a file in a folder that exists")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measures and prints; returns the exit status, 2 for bad input."""
+    config = training.parse(Config, (), argv, description=__doc__, prog="bench_recurrent.py")
+    with training.bad_input(__file__):
+        check(config)
     print(
         f"{config.units} units, hyper {config.hyper_units}, N_z {config.embedding}, batch {config.batch}, "
         f"{config.steps} steps, forward and backward, medians of {config.repeats}; {jax.devices()[0].device_kind}"

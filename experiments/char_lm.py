@@ -1,10 +1,10 @@
 """Character language modelling: LSTMs and HyperLSTMs on real text (Ha, Dai, Le, "HyperNetworks", arXiv 1609.09106).
 
     python experiments/char_lm.py --preset quick                     # this Python's help texts, a few minutes on a CPU
-    python experiments/char_lm.py --preset cpu --model ln_lstm       # Penn Treebank, 1M parameters, a few hours
+    python experiments/char_lm.py --preset cpu --model ln_lstm       # Penn Treebank, 1M parameters, an hour or two
     python experiments/char_lm.py --preset paper --model hyper_lstm  # Table 3, for an accelerator
 
-The same command again resumes the run, or prints the summary of one that is finished.
+Give every model a --workdir of its own. The same command again resumes a run, or prints the summary of a finished one.
 """
 
 import contextlib
@@ -109,6 +109,7 @@ def check(config: Config) -> None:
     for name in ("learning_rate", "clip", "epochs", "save_minutes"):
         value = getattr(config, name)
         _expect(0 < value < math.inf, name, value, "a positive number")
+    _expect(0 <= config.seed < 2**32, "seed", config.seed, "a whole number from 0 to 2**32 - 1")
     _expect(0 < config.keep <= 1, "keep", config.keep, "a probability in (0, 1]; 1 is no dropout")
     _expect(0 <= config.decay <= 1, "decay", config.decay, "a fraction in [0, 1]; 0 is no decay")
 
@@ -172,14 +173,14 @@ def run(config: Config, corpus: Corpus, streams: Streams, workdir: training.Work
     )
     text = {"corpus": corpus.name, "fingerprint": corpus.fingerprint}
     with training.bad_input(__file__):  # nothing is compiled in here
+        if (checkpoints.meta() or text)["fingerprint"] != text["fingerprint"]:
+            raise ValueError(f"the text of {corpus.name} has changed since this run began; choose another --workdir")
         restored = checkpoints.restore(jax.eval_shape(create, init_key))
         resumed = restored[1] if restored else {}
-        if restored and resumed["fingerprint"] != text["fingerprint"]:
-            raise ValueError(f"the text of {corpus.name} has changed since this run began; choose another --workdir")
         metrics = training.JsonLines(workdir.path / "metrics.jsonl", resumed.get("step", 0))
         timings = training.JsonLines(workdir.path / "timings.jsonl", resumed.get("step", 0))
     state = restored[0] if restored else jax.jit(create)(init_key)
-    print("\n".join([describe(config, corpus, state.params, steps), *corpus.notes, *checkpoints.notes]))
+    training.say("\n".join([describe(config, corpus, state.params, steps), *corpus.notes, *checkpoints.notes]))
     print(f"resuming after step {int(state.step):,} of {steps:,}" if restored else f"starting in {workdir.path}")
 
     bpc = make_bpc(model)
@@ -211,12 +212,16 @@ def run(config: Config, corpus: Corpus, streams: Streams, workdir: training.Work
             save_minutes=config.save_minutes,
         )
 
-    best = checkpoints.restore_best(state)
+    try:
+        best = checkpoints.restore_best(state)
+    except ValueError as error:
+        print(f"warning: {error}; the summary is of the last state", file=sys.stderr)
+        best = state
     prime = corpus.valid[: config.prime_length]
     drawn = generate(model, best.params, prime, config.sample_length, sample_key)
     sample = corpus.decode([*prime, *drawn])
     (workdir.path / "sample.txt").write_text(sample + "\n", encoding="utf-8")
-    print(f"\nThe model goes on from the first {len(prime)} characters:\n\n{sample}\n")
+    training.say(f"\nThe model goes on from the first {len(prime)} characters:\n\n{sample}\n")
     speeds = [row["chars_per_second"] for row in training.read_lines(timings.path) if "chars_per_second" in row]
     return {
         "model": config.model,

@@ -66,9 +66,9 @@ def check(config: Config) -> None:
         return
     if path.suffix.lower() not in PICTURES:
         raise ValueError(f"--dynamics is {path}, expected a file that ends in {', '.join(PICTURES)}; rename it")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise ValueError(f"--dynamics is {path}, but there is no folder {path.parent}; create it first")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    if os.path.isdir(path) or not os.access(path.parent, os.W_OK):
         raise ValueError(f"--dynamics is {path}, which cannot be written; choose another file")
 
 
@@ -78,10 +78,10 @@ def read_config(workdir: Path, data_dir: str | None) -> char_lm.Config:
     Raises:
         ValueError: there is no run of char_lm.py in it, or none that got as far as a checkpoint.
     """
-    if not workdir.is_dir():
+    if not os.path.isdir(workdir):
         raise ValueError(f"{workdir} is not a folder; give the --workdir of a run of char_lm.py")
     path = workdir / "config.json"
-    if not path.exists():
+    if not os.path.exists(path):
         raise ValueError(f"{workdir} holds no run, for it has no config.json; give the --workdir of a run")
     try:
         config = char_lm.Config(**json.loads(path.read_text(encoding="utf-8")))
@@ -229,16 +229,6 @@ def tell(*lines: str) -> None:
         print(line, file=sys.stderr)
 
 
-def say(text: str) -> None:
-    """Prints to stdout, whatever its encoding; a reader such as `head` may leave early."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Samples.
 
@@ -253,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(config)
         workdir, picture = config.workdir.expanduser(), config.dynamics
         run = read_config(workdir, config.data_dir)
-        if run.corpus not in NAMES and not Path(run.corpus).expanduser().exists():
+        if run.corpus not in NAMES and not os.path.exists(Path(run.corpus).expanduser()):
             raise ValueError(f"the run's text {run.corpus} is not there; put it back, or go where the run was started")
         corpus = load_corpus(run.corpus, run.data_dir)
         model = char_lm.make_model(run, len(corpus.symbols))
@@ -266,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tell(f"the prime has characters that {corpus.name} has not, read as the unknown symbol: {read!r}")
     drawn = generate(model, params, prime, config.length, jax.random.key(config.seed), config.temperature)
     ids = np.concatenate([prime, np.asarray(drawn)])
-    say(corpus.decode(ids))
+    training.say(corpus.decode(ids))
     if picture:
         # The model reads "no symbol" before a text; without it the first character would show the start-up jump.
         changes = {

@@ -191,6 +191,7 @@ def test_bfloat16_products_with_a_float32_state_stay_within_two_percent(name):
     ("make", "message"),
     [
         (lambda: LSTM(0), "units is 0"),
+        (lambda: LSTM(4, param_dtype=jnp.bfloat16), "param_dtype is bfloat16.*set dtype"),
         (lambda: LSTM(4, keep=0.0), r"keep is 0.0.*\(0, 1\]"),
         (lambda: LSTM(4, keep=1.5), "keep is 1.5"),
         (lambda: HyperLSTM(4, hyper_units=0), "hyper_units is 0"),

@@ -186,6 +186,8 @@ class TestBadInput:
             (["--batch=0"], "--batch is 0, expected a whole number of at least 1"),
             (["--remat-chunk=0"], "--remat-chunk is 0"),
             (["--clip=inf"], "--clip is inf"),
+            ([f"--seed={2**32}"], "--seed is 4294967296, expected a whole number from 0"),
+            ([f"--workdir={'long' * 99}"], "cannot write in longlong"),
             (["--batch=1000", "--length=1000"], "batch 1000 x length 1000 needs 1000001 characters"),
             (["--corpus=absent"], "corpus 'absent' is unknown"),
         ],
@@ -231,14 +233,15 @@ class TestBadInput:
             assert f"is in use by process {os.getpid()}" in refused(capsys, *arguments)
 
 
-def test_another_text_under_the_same_name_is_refused(corpus_file, tmp_path, capsys):
+@pytest.mark.parametrize("word", ["brown", "gr\N{LATIN SMALL LETTER E WITH CIRCUMFLEX}en"])  # old symbols, a new one
+def test_another_text_under_the_same_name_is_refused(corpus_file, tmp_path, capsys, word):
     text = tmp_path / "text.txt"
     text.write_bytes(corpus_file.read_bytes())
     arguments = [*TINY, f"--corpus={text}", f"--workdir={tmp_path / 'run'}", "--steps=4"]
     assert char_lm.main(arguments) == 0
     (tmp_path / "run" / "summary.json").unlink()
     capsys.readouterr()
-    text.write_text(text.read_text().replace("green", "brown"))
+    text.write_text(text.read_text().replace("green", word), encoding="utf-8")
     assert "has changed since this run began" in refused(capsys, *arguments)
     text.write_bytes(corpus_file.read_bytes())
     assert char_lm.main(arguments) == 0

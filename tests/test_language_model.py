@@ -62,19 +62,24 @@ def test_minus_one_is_no_symbol():
 
 
 def test_dropout_acts_on_input_recurrence_and_output_alike():
-    model = LanguageModel("ln_hyper_lstm", 11, 16, hyper_units=4, keep=0.5)
-    params = jax.jit(model.init)(jax.random.key(1), TOKENS)
+    """At the first step of an LSTM with its initial zero biases: c = s(i) mask tanh(g), and g = 0 without an input."""
+    model, tokens = LanguageModel("lstm", 11, 200, keep=0.5), jnp.full((300, 1), 3)
+    params = jax.jit(model.init)(jax.random.key(1), tokens)
 
     @jax.jit
     def apply(key):
-        return model.apply(params, TOKENS, deterministic=False, rngs={"dropout": jax.random.key(key)})
+        return model.apply(params, tokens, deterministic=False, rngs={"dropout": jax.random.key(key)})
 
-    dropped = apply(0)["hidden"][0]
-    assert 0.35 < float(jnp.mean(dropped == 0)) < 0.65
-    np.testing.assert_array_equal(apply(0)["logits"], apply(0)["logits"])
-    assert not np.allclose(apply(0)["logits"], apply(1)["logits"])
+    out = apply(0)
+    c, h = out["carry"][0][0], out["hidden"][0][:, 0]
+    silent = jnp.all(c == 0, -1)
+    assert 0.4 < float(jnp.mean(silent)) < 0.6  # the input symbol was dropped
+    assert 0.45 < float(jnp.mean(c[~silent] == 0)) < 0.55  # the candidate was
+    assert 0.70 < float(jnp.mean(h[~silent] == 0)) < 0.80  # the output was, or the candidate
+    np.testing.assert_array_equal(apply(0)["logits"], out["logits"])
+    assert not np.allclose(apply(1)["logits"], out["logits"])
     with pytest.raises(Exception, match="dropout"):
-        model.apply(params, TOKENS, deterministic=False)
+        model.apply(params, tokens, deterministic=False)
 
 
 def test_bfloat16_gives_float32_logits_and_state():

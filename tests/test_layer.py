@@ -28,6 +28,16 @@ def test_time_major_is_a_transpose():
     np.testing.assert_array_equal(swapped, h.swapaxes(0, 1))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int32])
+def test_inputs_of_other_types_become_the_parameters(dtype):
+    x = jax.nn.one_hot(jnp.arange(6).reshape(2, 3) % 5, 5)
+    want = FastRNN(CELL).apply(VARIABLES, x)
+    for a, b in zip(
+        jax.tree.leaves(FastRNN(CELL).apply(VARIABLES, x.astype(dtype))), jax.tree.leaves(want), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_vmap_over_parameters_is_a_loop_over_them():
     layer, x = FastRNN(LSTM(4)), X[:1, :4]
     many = [layer.init(jax.random.key(n), x) for n in range(2)]

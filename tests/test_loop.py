@@ -150,6 +150,19 @@ def test_a_signal_saves_and_the_run_resumes_there(uninterrupted, tmp_path, numbe
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_signal_in_the_last_step_is_heard_too(uninterrupted, tmp_path, capsys):
+    def batches(step):
+        if step == STEPS - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return batch_at(step)
+
+    with pytest.raises(SystemExit) as stop, stopping():
+        run(tmp_path, batches)
+    assert stop.value.code == 130
+    assert f"saved step {STEPS} of {STEPS}" in capsys.readouterr().err
+    assert run(tmp_path)[0] == uninterrupted[0]
+
+
 def test_a_signal_between_checkpoints_still_says_how_to_resume(capsys):
     with pytest.raises(SystemExit) as stop, stopping():
         raise KeyboardInterrupt

@@ -181,3 +181,7 @@ def test_a_corpus_that_has_changed(copied, line, capsys):
 def test_a_plain_lstm_has_no_dynamics(copied, capsys):
     edit_config(copied, model="lstm")
     assert "--dynamics needs a model with a hyper cell" in refused(capsys, copied, "--dynamics=out.png")
+
+
+def test_a_prime_may_begin_with_dashes(trained, capsys):
+    assert len(sample(capsys, trained, "--prime", "-- it", "--length=3").out.rstrip("\n")) >= 5

@@ -31,9 +31,8 @@ class Cell(nn.RNNCellBase):
       keep: probability of keeping a unit of the candidate tanh(g) (recurrent dropout without memory loss). Below 1 a
         `dropout` PRNG is needed unless `deterministic`.
       deterministic: True switches dropout off.
-      dtype: what matrix products are computed in, for example jnp.bfloat16; None is the parameters' own. The state,
-        the layer norms and the parameters stay float32.
-      param_dtype: what parameters and state are stored in.
+      dtype: what matrix products are computed in, for example jnp.bfloat16; None is `param_dtype`.
+      param_dtype: float32 or float64, of parameters, layer norms and state.
     """
 
     units: int
@@ -48,6 +47,11 @@ class Cell(nn.RNNCellBase):
         if not 0 < self.keep <= 1:
             raise ValueError(
                 f"keep is {self.keep}, a probability of keeping a unit; choose it in (0, 1], 1 for no dropout"
+            )
+        if jnp.dtype(self.param_dtype) not in (jnp.dtype("float32"), jnp.dtype("float64")):
+            raise ValueError(
+                f"param_dtype is {jnp.dtype(self.param_dtype)}; parameters and state stay float32 or float64, "
+                "for narrower products set dtype"
             )
         super().__post_init__()
 
@@ -88,6 +92,7 @@ class Cell(nn.RNNCellBase):
         Returns:
           (new carry, h [B, H]).
         """
+        inputs = inputs.astype(self.param_dtype)
         w = self.weights(inputs.shape[-1])
         xp = {k: product(inputs, v, self.dtype) for k, v in w.inputs.items()}
         hp = {k: product(carry[OUTPUT], v, self.dtype) for k, v in w.recurrent.items()}

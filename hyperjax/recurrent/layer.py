@@ -50,7 +50,7 @@ class FastRNN(nn.Module):
             raise ValueError(
                 f"remat_chunk is {self.remat_chunk}; give a number of steps >= 1, or None to keep everything"
             )
-        x_TBD = inputs if self.time_major else inputs.swapaxes(0, 1)
+        x_TBD = (inputs if self.time_major else inputs.swapaxes(0, 1)).astype(self.cell.param_dtype)
         steps, batch, features = x_TBD.shape
         carry = self.cell.initialize_carry(jax.random.key(0), (batch, features))
         if initial_carry is not None:
@@ -59,7 +59,7 @@ class FastRNN(nn.Module):
                 raise ValueError(
                     f"initial_carry has shapes {got}; this cell with a batch of {batch} expects {expected}"
                 )
-            carry = tuple(initial_carry)
+            carry = tuple(jnp.asarray(c, self.cell.param_dtype) for c in initial_carry)
         key = self.cell.make_rng("dropout") if self.cell.drops else None
         weights = self.cell.weights(features)
 

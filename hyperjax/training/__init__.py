@@ -2,7 +2,7 @@
 
 from hyperjax.training.checkpoint import Checkpoints
 from hyperjax.training.evaluation import Evaluation, make_evaluate
-from hyperjax.training.experiment import Workdir, bad_input, count, device, environment, parse, print_summary
+from hyperjax.training.experiment import Workdir, bad_input, count, device, environment, parse, print_summary, say
 from hyperjax.training.loop import Interrupted, NonFinite, fit, seconds, stopping
 from hyperjax.training.metrics import JsonLines, plot_curves, read_lines, write_json
 from hyperjax.training.state import TrainState, make_step, schedule
@@ -26,6 +26,7 @@ __all__ = [
     "plot_curves",
     "print_summary",
     "read_lines",
+    "say",
     "schedule",
     "seconds",
     "stopping",

@@ -85,7 +85,7 @@ def parse(
     fields = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(default)}  # type: ignore[arg-type]
     for argument in argv:
         name = argument.split("=")[0].replace("_", "-")
-        if name.startswith("--") and name not in fields | {"--help"}:
+        if re.fullmatch(r"--[A-Za-z][\w-]*", name) and name not in fields | {"--help"}:
             near = difflib.get_close_matches(name, sorted(fields), 1)
             hint = f"did you mean {near[0]}? " if near else ""
             fail(f"{name} is not a field of this experiment; {hint}--help lists all of them")
@@ -134,7 +134,7 @@ class Workdir:
         self._lock: Any = None
         self._compare()
         summary = self.path / "summary.json"
-        self.summary: dict[str, Any] | None = _read_json(summary) if summary.exists() else None
+        self.summary: dict[str, Any] | None = _read_json(summary) if os.path.exists(summary) else None
 
     def open(self) -> "Workdir":
         """Creates and locks the folder and writes `config.json`.
@@ -159,11 +159,14 @@ class Workdir:
             raise ValueError(
                 f"{self.path} is in use by process {holder}; wait until it ends, or choose another --workdir"
             ) from error
+        except OSError as error:
+            self.close()
+            raise ValueError(f"cannot lock {lock} ({error.strerror}); choose a --workdir on another disk") from error
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()
         self._compare()  # the process that held the lock a moment ago may have started another run
-        if not (self.path / "config.json").exists():
+        if not os.path.exists(self.path / "config.json"):
             write_json(self.path / "config.json", self.config)
         return self
 
@@ -186,8 +189,8 @@ class Workdir:
 
     def _compare(self) -> None:
         path = self.path / "config.json"
-        if not path.exists():
-            if (self.path / "checkpoints").exists():
+        if not os.path.exists(path):  # unlike Path.exists, this raises for no path at all
+            if os.path.exists(self.path / "checkpoints"):
                 raise ValueError(f"{self.path} holds checkpoints but no config.json; choose another --workdir")
             return
         old, new = _read_json(path), json.loads(json.dumps(self.config))
@@ -263,6 +266,16 @@ def git_commit(folder: Path) -> str | None:
         return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def say(text: str) -> None:
+    """Prints to stdout, whatever its encoding; a reader such as `head` may leave early."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_summary(summary: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -172,13 +172,19 @@ def fit(
             elif save_now or stop:
                 save()
             if stop and at < steps:
-                checkpoints.wait()
-                name = signal.Signals(stop).name
-                raise Interrupted(f"{name}: saved step {at:,} of {steps:,} in {checkpoints.directory}", 128 + stop)
+                _interrupt(stop, at, steps, checkpoints)
     if saved < at:
         save()
     checkpoints.wait()
+    if received:  # in the last step or validation: what the caller does next would not hear of it
+        _interrupt(received[0], at, steps, checkpoints)
     return state
+
+
+def _interrupt(number: int, at: int, steps: int, checkpoints: Checkpoints) -> NoReturn:
+    checkpoints.wait()
+    name = signal.Signals(number).name
+    raise Interrupted(f"{name}: saved step {at:,} of {steps:,} in {checkpoints.directory}", 128 + number)
 
 
 class _Timer:
