@@ -275,7 +275,7 @@ def test_without_a_network_the_message_names_the_way_out(monkeypatch):
     def unreachable(url, advice):
         raise ValueError(f"cannot reach {url}; {advice}")
 
-    monkeypatch.setattr(download, "_connect", unreachable)
+    monkeypatch.setattr(download, "connect", unreachable)
     for name in ("ptb", "text8", "enwik8"):
         message = refused("cannot reach http://.*; pass --data-dir with", name)
         assert re.search({"ptb": "ptb.train.txt"}.get(name, f"{name}.zip"), message)

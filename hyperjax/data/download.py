@@ -45,7 +45,7 @@ def download(url: str, advice: str) -> Path:
     target = download_folder() / url.rsplit("/", 1)[-1]
     if os.path.isfile(target):
         return target
-    response = _connect(url, advice)
+    response = connect(url, advice)
     part = ""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def download(url: str, advice: str) -> Path:
     return target
 
 
-def _connect(url: str, advice: str):
+def connect(url: str, advice: str):
     """Opens a URL, or gives up after `CONNECT_SECONDS`, in a thread: looking a name up has no time limit of its own."""
     import urllib.error
     import urllib.request
