@@ -1,0 +1,94 @@
+"""`Chunked`: one small head makes every piece of a large target, told apart by an embedding a piece.
+
+K chunks, c parameters a chunk, F features, n size of a parameter; `...` the batch of z, if there is one.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hyperjax.hypernet.generators import Generator, Native
+from hyperjax.initializers import Spread, native_spread, rms_norm, unit_rows
+from hyperjax.paramtree import ParamSpec
+
+Array = jax.Array
+
+
+class Chunked(Generator):
+    """chunk_k = H (f(z) * e_k): a head shared by all chunks, and an embedding e_k [F] for each.
+
+    f(z) = 1 + A z. A kernel of at least one chunk is cut into chunks of its own, so that no vector of the whole target
+    is ever made; all smaller parameters share chunks. What the head makes has variance 1, and each kernel is it
+    times a fixed number, its spread (collection "frozen"): this is what makes chunks start right. Vectors (biases,
+    scales) are a learned value plus what the head makes times a learned number that starts at 0.
+
+    Weights: c F + K F + E F, about 2 F sqrt(n) + E F for a target of n parameters, beside its vectors.
+
+    Attributes:
+        chunk: c; None is the square root of the number of parameters.
+        features: F.
+        spread: how spread out each kernel starts (`hyperjax.initializers`).
+
+    Reference: von Oswald et al., "Continual learning with hypernetworks", ICLR 2020, section 3 (there the embedding is
+    an input of the generator, not a factor).
+    """
+
+    chunk: int | None = None
+    features: int = 64
+    spread: Spread = native_spread
+
+    def refuse(self) -> str | None:
+        if self.chunk is not None and self.chunk < 1:
+            return f"chunk is {self.chunk}, expected a whole number of at least 1, or None"
+        return None
+
+    @property
+    def chunk_size(self) -> int:
+        """c, the parameters that the head makes at once."""
+        return self.chunk or math.isqrt(sum(spec.size for spec in self.leaves) - 1) + 1
+
+    @nn.compact
+    def __call__(self, z, task_id=None, native=None):
+        c, F = self.chunk_size, self.features
+        f = (1.0 + nn.Dense(F, use_bias=False, name="condition")(z)) / math.sqrt(2.0)
+        f = f + self.param("condition_bias", nn.initializers.zeros, (F,)).reshape((1,) * (f.ndim - 1) + (F,))
+        weights = self.param("head", nn.initializers.normal(1 / math.sqrt(F)), (c, F))
+
+        def pieces(name: str, size: int) -> Array:
+            e_KF = self.param(f"chunks.{name}", unit_rows, (-(-size // c), F))
+            f_KF = rms_norm(f[..., None, :] * e_KF.reshape((1,) * (f.ndim - 1) + e_KF.shape))
+            made = jnp.tensordot(f_KF, weights, axes=(-1, -1))
+            return made.reshape(*f.shape[:-1], -1)[..., :size]
+
+        made = {}
+        small = [spec for spec in self.leaves if len(spec.shape) < 2 or spec.size < c]
+        for spec in self.leaves:
+            if spec not in small:
+                made[spec.path] = pieces(spec.name, spec.size)
+        if small:
+            ends = [sum(spec.size for spec in small[: i + 1]) for i in range(len(small))]
+            parts = jnp.split(pieces("small", ends[-1]), ends[:-1], axis=-1)
+            made.update({spec.path: part for spec, part in zip(small, parts, strict=True)})
+        return {
+            spec.path: self._fit(spec, made[spec.path].reshape(*f.shape[:-1], *spec.shape), native)
+            for spec in self.leaves
+        }
+
+    def _fit(self, spec: ParamSpec, made: Array, native: Native) -> Array:
+        gain = self.param(f"{spec.name}.gain", nn.initializers.zeros, ())
+        if len(spec.shape) < 2:
+            base = self.from_native(f"{spec.name}.base", spec, native)
+            return base.reshape((1,) * (made.ndim - base.ndim) + base.shape) + gain * made
+
+        def spread(*_) -> Array:
+            return jnp.zeros(()) if native is None else self.spread(spec, native[spec.path])
+
+        def mean(_) -> Array:
+            return jnp.zeros(()) if native is None else jnp.where(spread() > 0, 0.0, jnp.mean(native[spec.path]))
+
+        # A matrix that starts constant (the scales of stacked layers, a kernel of zeros) has a gain that learns, too.
+        fixed: Any = self.variable("frozen", f"{spec.name}.spread", spread).value
+        return self.param(f"{spec.name}.mean", mean) + jnp.where(fixed > 0, fixed, gain) * made

@@ -1,0 +1,64 @@
+"""What is not generated: parameters that are learned directly, one for all tasks or one for each, or frozen."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hyperjax.hypernet.generators import Generator
+
+Array = jax.Array
+
+
+class Learned(Generator):
+    """Parameters learned directly, shared by all tasks; they start as the target's own."""
+
+    needs_z = False
+
+    @nn.compact
+    def __call__(self, z, task_id=None, native=None):
+        return {spec.path: self.from_native(spec.name, spec, native) for spec in self.leaves}
+
+
+class Frozen(Generator):
+    """Parameters that stay as they start, in the collection "frozen" and in their own dtype."""
+
+    needs_z = False
+
+    @nn.compact
+    def __call__(self, z, task_id=None, native=None):
+        def start(spec):
+            return jnp.zeros(spec.shape, spec.dtype) if native is None else jnp.asarray(native[spec.path], spec.dtype)
+
+        return {spec.path: self.variable("frozen", spec.name, start, spec).value for spec in self.leaves}
+
+
+class PerTask(Generator):
+    """Parameters learned directly, a copy for each task [tasks, *shape]; all copies start as the target's own.
+
+    A task id that is out of range, inside `jit`, gives NaN.
+    """
+
+    needs_z = False
+
+    def refuse(self) -> str | None:
+        return None if self.tasks else "PerTask has no tasks; give num_embeddings, the number of tasks"
+
+    @nn.compact
+    def __call__(self, z, task_id=None, native=None):
+        made = {}
+        for spec in self.leaves:
+
+            def start(key: Array, spec=spec) -> Array:
+                shape = (len(self.tasks), *spec.shape)
+                return jnp.zeros(shape) if native is None else jnp.broadcast_to(jnp.float32(native[spec.path]), shape)
+
+            made[spec.path] = lookup(self.param(spec.name, start), task_id)
+        return made
+
+
+def lookup(table: Array, index: Array | int) -> Array:
+    """Row(s) of a table [n, ...] at an index [...]; NaN, not the nearest row, where it is out of range."""
+    index = jnp.asarray(index)
+    rows = jnp.take(table, index, axis=0, mode="clip")
+    inside = ((index >= 0) & (index < table.shape[0])).reshape(index.shape + (1,) * (table.ndim - 1))
+    return jnp.where(inside, rows, jnp.asarray(jnp.nan, table.dtype))
