@@ -74,12 +74,22 @@ def path_string(keys: Sequence[Any]) -> str:
 
 
 def structure(tree: Any) -> Structure:
-    """Describes a pytree of arrays, shapes (`jax.ShapeDtypeStruct`) or numbers."""
+    """Describes a pytree of arrays, shapes (`jax.ShapeDtypeStruct`) or numbers.
+
+    Raises:
+        ValueError: two leaves have one path.
+    """
     with_path, treedef = jax.tree_util.tree_flatten_with_path(tree)
     specs = []
     for keys, leaf in with_path:
         value = leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else jnp.asarray(leaf)
         specs.append(ParamSpec(path_string(keys), tuple(value.shape), np.dtype(value.dtype)))
+    names = [spec.name for spec in specs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise ValueError(
+            f"two parameters have the path {twice.replace('.', '/')!r}; rename a key that has a / or . in it"
+        )
     return Structure(tuple(specs), treedef)
 
 
