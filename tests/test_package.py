@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -13,11 +15,16 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.S | re.M)
 
 
-def test_the_readme_example_runs(capsys):
-    (example,) = blocks("python")
+@pytest.mark.parametrize("number", range(2))
+def test_the_readme_examples_run(number, capsys):
+    example = blocks("python")[number]
     assert len(example.splitlines()) <= 12
     exec(compile(example, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip()
+
+
+def test_every_readme_example_is_tested():
+    assert len(blocks("python")) == 2
 
 
 def test_the_readme_opens_with_the_two_commands():
