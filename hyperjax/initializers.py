@@ -6,6 +6,7 @@ that starts as its native value exactly. `native` is the parameter as the target
 Reference: Chang, Flokas, Lipson, "Principled Weight Initialization for Hypernetworks", ICLR 2020.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -37,27 +38,39 @@ def hyperfan_in(relu: bool = True, bias: bool = False) -> Spread:
         if len(spec.shape) < 2:
             is_bias = bias and spec.path.rsplit("/", 1)[-1] == "bias"
             return jnp.sqrt(gain / 2.0) if is_bias else jnp.zeros(())
-        return jnp.sqrt(gain / ((2.0 if bias else 1.0) * fans(spec.shape)[0]))
+        return jnp.sqrt(gain / ((2.0 if bias else 1.0) * fans(spec)[0]))
 
     return spread
 
 
 def hyperfan_out(relu: bool = True) -> Spread:
-    """Spread that keeps the variance of gradients: Var W = r / fan_out, r = 2 after ReLU, else 1."""
+    """Spread that keeps the variance of gradients: Var W = r / fan_out, r = 2 after ReLU, else 1.
+
+    Args:
+        relu: whether the target's activations are ReLUs.
+    """
     gain = 2.0 if relu else 1.0
 
     def spread(spec: ParamSpec, native: Array) -> Array:
-        return jnp.zeros(()) if len(spec.shape) < 2 else jnp.sqrt(gain / fans(spec.shape)[1])
+        return jnp.zeros(()) if len(spec.shape) < 2 else jnp.sqrt(gain / fans(spec)[1])
 
     return spread
 
 
-def fans(shape: tuple[int, ...]) -> tuple[float, float]:
-    """Returns (fan_in, fan_out) of a kernel [..., in, out], whose leading axes are its receptive field."""
-    field = 1
-    for size in shape[:-2]:
-        field *= size
-    return float(field * shape[-2]), float(field * shape[-1])
+def fans(spec: ParamSpec) -> tuple[float, float]:
+    """Returns (fan_in, fan_out) of a kernel [..., in, out], whose leading axes are its receptive field.
+
+    Those of an attention layer are [in, heads, width] in `query`, `key` and `value`, and [heads, width, out] in `out`.
+    """
+    *parents, layer, _ = ("", "", *spec.path.split("/"))
+    if len(spec.shape) == 3 and any("attention" in name.lower() for name in parents):
+        a, b, c = spec.shape
+        if layer in ("query", "key", "value"):
+            return float(a), float(b * c)
+        if layer == "out":
+            return float(a * b), float(c)
+    field = math.prod(spec.shape[:-2])
+    return float(field * spec.shape[-2]), float(field * spec.shape[-1])
 
 
 def unit_rows(key: Array, shape: tuple[int, int], dtype=jnp.float32) -> Array:

@@ -45,8 +45,8 @@ class ParamSpec:
 
     @property
     def name(self) -> str:
-        """The path as one name that a parameter may have."""
-        return self.path.replace("/", ".")
+        """What a generator calls the parameter that makes this one: no name of its own begins so."""
+        return "theta." + self.path.replace("/", ".")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,19 +77,23 @@ def structure(tree: Any) -> Structure:
     """Describes a pytree of arrays, shapes (`jax.ShapeDtypeStruct`) or numbers.
 
     Raises:
-        ValueError: two leaves have one path.
+        ValueError: two leaves have one path, or a leaf is no array.
     """
     with_path, treedef = jax.tree_util.tree_flatten_with_path(tree)
     specs = []
     for keys, leaf in with_path:
-        value = leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else jnp.asarray(leaf)
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")) and not isinstance(leaf, (int, float, complex)):
+            kind = type(leaf).__name__
+            raise ValueError(
+                f"the parameters hold a {kind} at {path_string(keys)}, expected arrays only; partition first"
+            )
+        value = leaf if hasattr(leaf, "shape") else jnp.asarray(leaf)
         specs.append(ParamSpec(path_string(keys), tuple(value.shape), np.dtype(value.dtype)))
     names = [spec.name for spec in specs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
-        raise ValueError(
-            f"two parameters have the path {twice.replace('.', '/')!r}; rename a key that has a / or . in it"
-        )
+        path = twice.removeprefix("theta.").replace(".", "/")
+        raise ValueError(f"two parameters have the path {path!r}; rename a key that has a / or . in it")
     return Structure(tuple(specs), treedef)
 
 

@@ -100,6 +100,22 @@ def test_stacked_and_constant_matrices_start_as_they_are():
         np.testing.assert_allclose(made["zero"], 0.0, atol=1e-6)
 
 
+@pytest.mark.parametrize("generator", ["linear", "mlp", "separable", "chunked"])
+def test_a_kernel_whose_mean_is_not_zero(generator):
+    params = {"w": jax.random.uniform(KEY, (50, 60)), "scale": jnp.ones(3)}
+    hyper = hj.HyperNetwork.from_target(lambda p, x: x, params=params, embedding_dim=8, generator=GENERATORS[generator])
+    made = hyper.generate(jax.jit(lambda key: hyper.init(key, x(1)))(KEY))
+    assert made["w"].mean() == pytest.approx(0.5, abs=0.05)
+    assert made["w"].std() == pytest.approx(12**-0.5, rel=0.1)
+
+
+def test_vectors_have_a_bias_of_their_own_always():
+    hyper = hj.HyperNetwork.from_target(
+        lambda p, x: x, params={"scale": jnp.ones(3)}, embedding_dim=2, generator=hj.Linear(use_bias=False)
+    )
+    np.testing.assert_array_equal(hyper.generate(hyper.init(KEY, x(1)))["scale"], 1.0)
+
+
 def test_hyperfan():
     """Equations of Chang et al.: variance kept forward, or backward."""
     kernel, bias = structure({"layer": {"bias": jnp.zeros(50), "kernel": jnp.zeros((3, 3, 20, 50))}}).specs[::-1]
@@ -110,6 +126,14 @@ def test_hyperfan():
     assert initializers.hyperfan_in()(bias, value) == 0
     assert initializers.hyperfan_out(relu=True)(kernel, value) ** 2 == pytest.approx(2 / 450, rel=1e-5)
     assert initializers.hyperfan_out()(bias, value) == 0
+    heads = structure({"SelfAttention_0": {"out": {"kernel": value[0, :2]}, "query": {"kernel": value[0, :2]}}}).specs
+    assert [initializers.fans(spec) for spec in heads] == [(40, 50), (2, 1000)]
+    chunked = hj.Chunked(spread=initializers.hyperfan_in(bias=True))
+    params = {"kernel": jnp.zeros((100, 80)), "bias": jnp.zeros(400)}
+    hyper = hj.HyperNetwork.from_target(lambda p, x: x, params=params, embedding_dim=8, generator=chunked)
+    made = hyper.generate(jax.jit(lambda key: hyper.init(key, x(1)))(KEY))
+    assert made["kernel"].var() == pytest.approx(1 / 100, rel=0.2)
+    assert made["bias"].var() == pytest.approx(1, rel=0.3)
 
 
 @pytest.mark.parametrize("generator", [hj.Linear, hj.MLP, hj.Chunked])
@@ -137,13 +161,13 @@ def test_tiles_cover_a_kernel():
     )
     variables = jax.jit(lambda key: hyper.init(key, x(1)))(KEY)
     own = variables["params"]["generators_0"]
-    assert own["kernel.tiles"].shape == (6, 8)
+    assert own["theta.kernel.tiles"].shape == (6, 8)
     kernel = np.asarray(hyper.generate(variables)["kernel"])
     w_in, w_out = np.asarray(own["3x3.w_in"]), np.asarray(own["3x3.w_out"])
     assert not own["3x3.b_in"].any()
     assert not own["3x3.b_out"].any()
     for tile, (row, column) in enumerate((r, c) for r in range(3) for c in range(2)):
-        a = w_in @ np.asarray(own["kernel.tiles"])[tile]  # [16, d]
+        a = w_in @ np.asarray(own["theta.kernel.tiles"])[tile]  # [16, d]
         basic = np.einsum("hwod,id->hwio", w_out, a)
         got = kernel[:, :, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
         np.testing.assert_allclose(got, basic[:, :, : got.shape[2], : got.shape[3]], rtol=2e-4, atol=1e-6)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from targets import Mlp, function, function_params, random_variables, x
+from targets import ConvNet, Mlp, function, function_params, random_variables, x
 
 import hyperjax as hj
 
@@ -46,6 +46,8 @@ def make(model=None, *inputs, **arguments):
         ({"num_embeddings": 0, "generator": hj.PerTask()}, "PerTask has no tasks"),
         ({"per_task": ("batch_stats",)}, "per_task names 'batch_stats'"),
         ({"init": jnp.zeros}, "a Linen module initializes itself"),
+        ({"condition": 1.0}, "'condition' has a name that the hypernetwork uses"),
+        ({"generator": hj.Linear(residual=True, use_bias=False)}, "residual=True needs use_bias=True"),
     ],
 )
 def test_from_target(arguments, message):
@@ -64,7 +66,13 @@ def test_from_target(arguments, message):
         (function, {}, "give params=TREE or init"),
         (function, {"params": jax.eval_shape(function_params)}, "shapes without values"),
         (function, {"params": {}}, "has no parameters"),
-        (function, {"params": function_params(), "rules": [("shift", hj.Linear())]}, "shift is int32.* use Frozen"),
+        (
+            function,
+            {"params": function_params(), "rules": [("shift", hj.Linear())]},
+            "shift is int32.* rule with Frozen",
+        ),
+        (function, {"params": {"act": jax.nn.relu}}, "hold a .* at act, expected arrays only"),
+        (function, {"params": {"lam": jnp.complex64(1)}}, "complex64.* rule with Frozen\\(\\) or Learned"),
         (Mlp(), {"params": {"Dense_0": {}}}, "params has .* expected"),
     ],
 )
@@ -134,3 +142,44 @@ def test_no_table(ready):
     hyper = make(encoder=nn.Dense(4))
     with pytest.raises(ValueError, match="no table of embeddings"):
         hyper.embeddings(random_variables(hyper, INPUTS, condition=x(2)))
+
+
+def test_variables_that_are_not_all_there():
+    hyper = make(generator=hj.Chunked(features=4))
+    variables = random_variables(hyper, INPUTS, task_id=0)
+    with pytest.raises(ValueError, match="variables lack some of Chunked; pass all that init returned"):
+        hyper.apply({"params": variables["params"]}, INPUTS, task_id=0)
+    images = x(3, 6, 6, 2)
+    hyper = make(ConvNet(), images, generator=hj.Linear())
+    variables = random_variables(hyper, images, task_id=0)
+    with pytest.raises(ValueError, match="variables lack 'batch_stats'"):
+        hyper.apply({"params": variables["params"]}, images, task_id=0)
+    with pytest.raises(ValueError, match=r"a table of embeddings \(3, 4\), expected \[T, E\] = \(5, 4\)"):
+        make(ConvNet(), images, num_embeddings=5).apply(variables, images, task_id=0)
+
+
+def test_a_static_hypernetwork_takes_no_z():
+    hyper = make(num_embeddings=0, generator=hj.Learned())
+    variables = random_variables(hyper, INPUTS)
+    with pytest.raises(ValueError, match="z was given to a static hypernetwork"):
+        hyper.apply(variables, INPUTS, z=x(4))
+
+
+def test_what_a_generator_of_one_s_own_forgets():
+    class Forgetful(hj.Generator):
+        shape: tuple[int, ...] | None = None
+
+        def __call__(self, z, task_id=None, native=None):
+            return {} if self.shape is None else {spec.path: jnp.zeros(self.shape) for spec in self.leaves}
+
+    for shape, message in ((None, "made Dense_0/bias None"), ((7,), r"made Dense_0/bias \(7,\), expected")):
+        hyper = make(generator=Forgetful(shape=shape))
+        with pytest.raises(ValueError, match=message):
+            random_variables(hyper, INPUTS, task_id=0)
+
+
+def test_a_batch_of_z_needs_outputs_with_its_axis():
+    model = lambda p, x: (x @ p["w"], jnp.sum(x))  # noqa: E731
+    hyper = make(model, params={"w": jnp.ones((6, 2))})
+    with pytest.raises(ValueError, match=r"output \[1\] is a scalar"):
+        random_variables(hyper, INPUTS, z=x(3, 4))

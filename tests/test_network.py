@@ -1,10 +1,14 @@
 """A hypernetwork is its target with other parameters: two routes to one output, for every generator and target."""
 
+import pickle
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from flax.core import freeze
 from jax.test_util import check_grads
 from targets import ConvNet, Mlp, NnxNet, all_targets, function_params, plain, random_variables, x
 
@@ -149,8 +153,6 @@ def test_statistics_of_each_task_apart():
 
 
 def test_nnx_statistics_and_dropout():
-    from flax import nnx
-
     net = NnxNet(nnx.Rngs(0, dropout=1))
     inputs = x(5, 6)
     hyper = hj.HyperNetwork.from_target(net, inputs, embedding_dim=4, num_embeddings=2)
@@ -176,9 +178,9 @@ def test_rules_choose_by_path():
     assert len(made["Learned"]) == 4
     loss = lambda p: jnp.sum(hyper.apply({**variables, "params": p}, *inputs, task_id=1, **keywords) ** 2)  # noqa: E731
     grads = jax.grad(loss)(variables["params"])
-    head = next(g["head.kernel"] for g in grads.values() if isinstance(g, dict) and "head.kernel" in g)
+    head = next(g["theta.head.kernel"] for g in grads.values() if isinstance(g, dict) and "theta.head.kernel" in g)
     assert np.asarray(jnp.any(head != 0, axis=(1, 2))).tolist() == [False, True, False]
-    assert "Dense_1.bias" not in str(grads)
+    assert "theta.Dense_1.bias" not in str(grads)
 
 
 def test_tasks_with_heads_of_different_sizes():
@@ -194,9 +196,9 @@ def test_tasks_with_heads_of_different_sizes():
         )
     own = hj.HyperNetwork.from_target(models, inputs, embedding_dim=4, rules=[("head", hj.PerTask())])
     heads = [
-        p["head.kernel"].shape
+        p["theta.head.kernel"].shape
         for p in random_variables(own, inputs, task_id=0)["params"].values()
-        if isinstance(p, dict) and "head.kernel" in p
+        if isinstance(p, dict) and "theta.head.kernel" in p
     ]
     assert sorted(heads) == [(1, 12, 3), (2, 12, 2)]
     with pytest.raises(ValueError, match="one Python int"):
@@ -242,6 +244,136 @@ def test_starting_from_trained_parameters():
         )
 
 
+def test_residual_starts_near_trained_parameters():
+    model, inputs = Mlp(widths=(48, 48)), x(3, 6)
+    trained = freeze(model.init(jax.random.key(8), inputs)["params"])
+    for generator in (hj.Linear(residual=True), hj.MLP(residual=True)):
+        hyper = hj.HyperNetwork.from_target(model, inputs, embedding_dim=4, generator=generator, params=trained)
+        made = hyper.generate(hyper.init(KEY, inputs))["Dense_1"]["kernel"]
+        apart = jnp.std(made - trained["Dense_1"]["kernel"]) / jnp.std(made)
+        assert 0.08 < apart < 0.12
+
+
+def test_init_in_training_mode():
+    inputs = x(3, 6, 6, 2)
+    hyper = hj.HyperNetwork.from_target(ConvNet(), inputs, embedding_dim=4, num_embeddings=2)
+    shapes = [
+        jax.eval_shape(lambda key, more=more: hyper.init(key, inputs, train=True, **more), KEY)
+        for more in ({"task_id": 0}, {"z": x(3, 4)})
+    ]
+    assert jax.tree.structure(shapes[0]) == jax.tree.structure(shapes[1])
+    start = hyper.init(KEY, inputs, train=True, task_id=0)["batch_stats"]["target"]
+    assert not jnp.any(start["BatchNorm_0"]["mean"])
+
+
+def test_collections_that_only_a_call_makes():
+    class Sows(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            if train:
+                self.sow("aux", "loss", jnp.sum(x))
+            return nn.Dense(3)(x)
+
+    hyper, inputs = hj.HyperNetwork.from_target(Sows(), x(3, 6), embedding_dim=4), x(3, 6)
+    variables = random_variables(hyper, inputs)
+    _, changed = hyper.apply(variables, inputs, train=True, mutable=["aux"])
+    np.testing.assert_allclose(changed["aux"]["target"]["loss"][0], jnp.sum(inputs), rtol=1e-6)
+
+
+def test_integer_state_of_each_task():
+    class Counts(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            calls = self.variable("calls", "n", lambda: jnp.int32(0))
+            if self.is_mutable_collection("calls"):
+                calls.value += 1
+            return nn.Dense(3)(x)
+
+    inputs = x(3, 6)
+    hyper = hj.HyperNetwork.from_target(Counts(), inputs, embedding_dim=4, num_embeddings=3, per_task=("calls",))
+    variables = hyper.init(KEY, inputs, task_id=0)
+    for task in (1, 1, 2):
+        _, changed = hyper.apply(variables, inputs, task_id=task, mutable=["calls"])
+        variables = {**variables, **changed}
+    assert variables["calls"]["target"]["n"].tolist() == [0, 2, 1]
+
+
+@pytest.mark.parametrize(("per_task", "slots"), [((), ["target"]), (("batch_stats",), ["target_0", "target_1"])])
+def test_targets_share_their_statistics_unless_told_otherwise(per_task, slots):
+    inputs = x(3, 6, 6, 2)
+    models = [ConvNet(classes=2), ConvNet(classes=3)]
+    hyper = hj.HyperNetwork.from_target(models, inputs, embedding_dim=4, per_task=per_task)
+    variables = random_variables(hyper, inputs, task_id=0)
+    assert sorted(variables["batch_stats"]) == slots
+    call = {"train": True, "rngs": {"dropout": KEY}, "mutable": ["batch_stats"]}
+    _, changed = hyper.apply(variables, inputs, task_id=1, **call)
+    before, after = variables["batch_stats"], changed["batch_stats"]
+    moved = [s for s in slots if jnp.any(before[s]["BatchNorm_0"]["mean"] != after[s]["BatchNorm_0"]["mean"])]
+    assert moved == slots[-1:]
+
+
+def test_nnx_state_of_several_kinds_and_state_that_would_be_lost():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = nnx.List([nnx.Linear(6, 5, rngs=rngs), nnx.Linear(5, 4, rngs=rngs)])
+            self.norm, self.calls = nnx.BatchNorm(5, rngs=rngs), nnx.Variable(jnp.zeros(2))
+
+        def __call__(self, x):
+            self.calls[...] = self.calls[...] + 1
+            return self.layers[1](self.norm(self.layers[0](x)))
+
+    inputs = x(3, 6)
+    hyper = hj.HyperNetwork.from_target(Net(nnx.Rngs(0)), inputs, embedding_dim=4, num_embeddings=2)
+    variables = random_variables(hyper, inputs, task_id=0)
+    state = ["batch_stats", "variable"]
+    assert set(state) < set(variables)
+    with pytest.raises(ValueError, match="the target changes 'batch_stats'; pass mutable"):
+        hyper.apply(variables, inputs, task_id=0)
+    _, changed = hyper.apply(variables, inputs, task_id=0, mutable=state)
+    np.testing.assert_allclose(changed["variable"]["target"]["calls"], variables["variable"]["target"]["calls"] + 1)
+    assert jnp.any(
+        changed["batch_stats"]["target"]["norm"]["mean"] != variables["batch_stats"]["target"]["norm"]["mean"]
+    )
+
+
+def test_gradients_have_the_dtypes_of_their_parameters():
+    hyper, variables, inputs, keywords = build("mlp", hj.MLP(hidden=(8,)))
+
+    def grads(dtype):
+        params = jax.tree.map(lambda p: p.astype(dtype), variables["params"])
+        loss = lambda p: jnp.sum(hyper.apply({"params": p}, *inputs, task_id=1, **keywords) ** 2)  # noqa: E731
+        return jax.grad(loss)(params)
+
+    assert {g.dtype for g in jax.tree.leaves(grads(jnp.bfloat16))} == {jnp.dtype(jnp.bfloat16)}
+    with jax.enable_x64(True):
+        assert {g.dtype for g in jax.tree.leaves(grads(jnp.float64))} == {jnp.dtype(jnp.float64)}
+        shapes = jax.eval_shape(lambda key: hyper.init(key, *inputs, task_id=0, **keywords), KEY)
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes["params"])} == {jnp.dtype(jnp.float32)}
+
+
+def test_equal_plans_are_equal_and_functions_pickle():
+    inputs = x(3, 6)
+    one, two = (hj.HyperNetwork.from_target(Mlp(), inputs, embedding_dim=4) for _ in range(2))
+    assert one == two
+    assert hash(one) == hash(two)
+    assert one != hj.HyperNetwork.from_target(Mlp(), inputs, embedding_dim=5)
+    model, _, _, arguments = all_targets()["function"]
+    hyper = hj.HyperNetwork.from_target(model, inputs, embedding_dim=4, **arguments)
+    again = pickle.loads(pickle.dumps(hyper))
+    variables = random_variables(hyper, inputs)
+    np.testing.assert_array_equal(again.apply(variables, inputs), hyper.apply(variables, inputs))
+
+
+def test_names_of_the_target_do_not_meet_those_of_the_generator():
+    params = {
+        name: jnp.ones((4, 3)) for name in ("Dense_0", "lift", "bias_1", "group_1", "head", "condition", "embedding")
+    }
+    model = lambda p, x: x @ sum(p.values())  # noqa: E731
+    for generator in ("linear", "mlp", "separable", "chunked", "scale", "low_rank"):
+        hyper = hj.HyperNetwork.from_target(model, params=params, embedding_dim=4, generator=GENERATORS[generator])
+        assert hyper.apply(random_variables(hyper, x(2, 4)), x(2, 4)).shape == (2, 3)
+
+
 def test_inside_another_module():
     class Outer(nn.Module):
         @nn.compact
@@ -265,9 +397,11 @@ def test_counts_are_as_documented():
         hyper = hj.HyperNetwork.from_target(Mlp(), inputs, embedding_dim=5, generator=generator)
         return sum(p.size for p in jax.tree.leaves(random_variables(hyper, inputs)["params"])) - 5
 
-    assert weights(hj.Linear(use_bias=False)) == 5 * size
+    leaves = jax.tree.leaves(jax.eval_shape(Mlp().init, KEY, inputs)["params"])
+    vectors = sum(p.size for p in leaves if p.ndim < 2)
+    assert weights(hj.Linear(use_bias=False)) == 5 * size + vectors
     assert weights(hj.Linear()) == 6 * size
-    assert weights(hj.MLP(hidden=(7,), use_bias=False)) == 7 * size + 5 * 7 + 7
+    assert weights(hj.MLP(hidden=(7,), use_bias=False)) == 7 * size + vectors + 5 * 7 + 7
     assert weights(hj.Learned()) == size
 
 

@@ -16,7 +16,7 @@ def test_flatten_and_back():
     assert [spec.size for spec in shape.specs] == [3, 6, 1, 1]
     assert [spec.bytes for spec in shape.specs] == [6, 24, 4, 4]
     assert [spec.floating for spec in shape.specs] == [True, True, True, False]
-    assert shape.specs[1].name == "a.kernel"
+    assert shape.specs[1].name == "theta.a.kernel"
     again = shape.unflatten(shape.flatten(TREE))
     assert jax.tree.structure(again) == jax.tree.structure(TREE)
     jax.tree.map(np.testing.assert_array_equal, again, TREE)

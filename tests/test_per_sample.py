@@ -45,6 +45,25 @@ class Turned(nn.Module):
         return nn.Dense(5)(x.swapaxes(0, 1)).swapaxes(0, 1)
 
 
+class Head(nn.Module):
+    """A kernel that is read apart from its layer."""
+
+    def setup(self):
+        self.embed, self.dense = nn.Embed(7, 6), nn.Dense(6)
+
+    def __call__(self, tokens):
+        return self.dense(self.embed(tokens)) @ self.embed.embedding.T
+
+
+class Standardised(nn.Module):
+    """A layer whose kernel is changed on the way to it."""
+
+    @nn.compact
+    def __call__(self, x):
+        halve = lambda tree: jax.tree.map(lambda p: p / (1 + jnp.sum(p**2)), tree)  # noqa: E731
+        return nn.map_variables(nn.Dense, "params", halve, init=self.is_initializing())(5)(x)
+
+
 def one_by_one(hyper, variables, inputs, **keywords):
     rows = [hyper.apply(variables, *(v[i : i + 1] for v in inputs), z=ZS[i], **keywords) for i in range(B)]
     return jnp.concatenate(rows)
@@ -62,7 +81,7 @@ def routes(monkeypatch):
         original = getattr(per_sample, name)
 
         def spy(*args, name=name, original=original):
-            if args[-1] != per_sample.PROBE:
+            if name == "_blocks" or args[4] != per_sample.PROBE:
                 taken.append(name)
             return original(*args)
 
@@ -88,6 +107,13 @@ LAYERS = (jnp.array([[0, 1, 2, 3], [4, 5, 6, 0], [1, 1, 2, 2]]), x(B, 6, 6, 2))
         (Mlp(), (x(B, 6),), hj.Scale(full=True), "_blocks"),
         (Mlp(), (x(B, 6),), hj.Chunked(features=8), "_blocks"),
         (nn.Dense(3), (x(B, 6),), hj.LowRank(), "apply_factored"),
+        (nn.Dense(3), (x(B, B),), hj.Scale(), "apply_factored"),  # as many samples as features
+        (nn.Embed(B, 4), (jnp.arange(B),), hj.Scale(), "apply_factored"),
+        (Head(), LAYERS[:1], hj.Scale(), "_blocks"),
+        (Standardised(), (x(B, 6),), hj.Scale(), "_blocks"),
+        (nn.remat(Mlp)(), (x(B, 6),), hj.Scale(), "apply_factored"),
+        (nn.LayerNorm(feature_axes=1, reduction_axes=(1,)), (x(B, 5, 5),), hj.Scale(), "_blocks"),
+        (nn.Conv(4, (3,), feature_group_count=2), (x(B, 5, 4),), hj.LowRank(), "_blocks"),
     ],
 )
 def test_each_sample_has_its_own_weights(model, inputs, generator, route, monkeypatch):
@@ -130,6 +156,12 @@ def test_gradients_by_factors_and_by_vmap():
     ours, wanted = jax.jit(jax.grad(loss))(variables["params"], ZS), jax.jit(jax.grad(own))(variables["params"])
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max() + 1e-6))
+
+
+def test_as_many_tasks_as_features():
+    hyper, variables = build(nn.Dense(3), x(B, 4), generator=hj.Scale())
+    many = hyper.generate(variables, task_id=jnp.arange(4))
+    np.testing.assert_allclose(many["kernel"][2], hyper.generate(variables, task_id=2)["kernel"], rtol=1e-6)
 
 
 def test_blocks_are_the_whole_and_use_less_memory():

@@ -33,7 +33,7 @@ def test_heads_and_batch_over_a_mesh():
 
             def place(leaf):  # every large leaf is split over its first axis
                 split = leaf.ndim and leaf.shape[0] % 2 == 0
-                return jax.device_put(leaf, NamedSharding(mesh, P("model" if split else None)))
+                return jax.device_put(leaf, NamedSharding(mesh, P("model") if split else P()))
 
             placed = jax.tree.map(place, variables["params"])
             assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(placed))

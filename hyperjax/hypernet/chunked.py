@@ -54,8 +54,9 @@ class Chunked(Generator):
     def __call__(self, z, task_id=None, native=None):
         c, F = self.chunk_size, self.features
         f = (1.0 + nn.Dense(F, use_bias=False, name="condition")(z)) / math.sqrt(2.0)
-        f = f + self.param("condition_bias", nn.initializers.zeros, (F,)).reshape((1,) * (f.ndim - 1) + (F,))
-        weights = self.param("head", nn.initializers.normal(1 / math.sqrt(F)), (c, F))
+        bias = self.param("condition_bias", nn.initializers.zeros, (F,), jnp.float32)
+        f = f + bias.reshape((1,) * (f.ndim - 1) + (F,))
+        weights = self.param("head", nn.initializers.normal(1 / math.sqrt(F)), (c, F), jnp.float32)
 
         def pieces(name: str, size: int) -> Array:
             e_KF = self.param(f"chunks.{name}", unit_rows, (-(-size // c), F))
@@ -78,16 +79,22 @@ class Chunked(Generator):
         }
 
     def _fit(self, spec: ParamSpec, made: Array, native: Native) -> Array:
-        gain = self.param(f"{spec.name}.gain", nn.initializers.zeros, ())
+        def spread(*_) -> Array:
+            return jnp.zeros((), jnp.float32) if native is None else jnp.float32(self.spread(spec, native[spec.path]))
+
+        def start(_) -> Array:
+            return spread() if len(spec.shape) < 2 else jnp.zeros((), jnp.float32)
+
+        gain = self.param(f"{spec.name}.gain", start)
         if len(spec.shape) < 2:
             base = self.from_native(f"{spec.name}.base", spec, native)
             return base.reshape((1,) * (made.ndim - base.ndim) + base.shape) + gain * made
 
-        def spread(*_) -> Array:
-            return jnp.zeros(()) if native is None else self.spread(spec, native[spec.path])
-
         def mean(_) -> Array:
-            return jnp.zeros(()) if native is None else jnp.where(spread() > 0, 0.0, jnp.mean(native[spec.path]))
+            if native is None:
+                return jnp.zeros((), jnp.float32)
+            centre = jnp.mean(jnp.asarray(native[spec.path], jnp.float32))
+            return centre if self.spread is native_spread else jnp.where(spread() > 0, 0.0, centre)
 
         # A matrix that starts constant (the scales of stacked layers, a kernel of zeros) has a gain that learns, too.
         fixed: Any = self.variable("frozen", f"{spec.name}.spread", spread).value

@@ -33,7 +33,7 @@ def check_task(task_id: Any, tasks: int) -> Array | int | None:
     if ids.dtype.kind not in "iu" or ids.ndim > 1:
         raise ValueError(f"task_id is {task_id}, expected a whole number, or a vector [B] of them")
     if isinstance(ids, jax.core.Tracer):
-        return ids
+        return ids.astype(jnp.int32)
     if ids.size and (ids.min() < 0 or ids.max() >= tasks):
         raise ValueError(f"task_id is {task_id}, expected 0 to {tasks - 1}, as num_embeddings is {tasks}")
     return int(ids) if ids.ndim == 0 else jnp.asarray(ids)
@@ -56,6 +56,8 @@ def check_sources(encodes: bool, tasks: int, has_task: bool, z: Array | None, co
     """Raises ValueError unless there is exactly one source of z."""
     if condition is not None and not encodes:
         raise ValueError("condition was given, but there is no encoder; pass encoder=MODULE to from_target, or give z")
+    if z is not None and not tasks and not encodes:
+        raise ValueError("z was given to a static hypernetwork, which has embeddings of its own; leave it out")
     if condition is not None and z is not None:
         raise ValueError("z and condition were both given; give one of them")
     if encodes and condition is None and z is None:

@@ -53,12 +53,12 @@ class ConvTiles(Generator):
         h, w = field
         c, E, d = self.tile, self.embedding, self.hidden
         name = f"{h}x{w}"
-        w_in = self.param(f"{name}.w_in", nn.initializers.normal(E**-0.5), (c, d, E))
-        b_in = self.param(f"{name}.b_in", nn.initializers.zeros, (c, d))
+        w_in = self.param(f"{name}.w_in", nn.initializers.normal(E**-0.5), (c, d, E), jnp.float32)
+        b_in = self.param(f"{name}.b_in", nn.initializers.zeros, (c, d), jnp.float32)
         level = sum(jnp.std(native[spec.path]) for spec in specs) / len(specs) if native else 1.0
         start = jax.nn.initializers.normal(d**-0.5)
-        w_out = self.param(f"{name}.w_out", lambda key: start(key, (h, w, c, d)) * level)
-        b_out = self.param(f"{name}.b_out", nn.initializers.zeros, (h, w, c))
+        w_out = self.param(f"{name}.w_out", lambda key: jnp.float32(start(key, (h, w, c, d), jnp.float32) * level))
+        b_out = self.param(f"{name}.b_out", nn.initializers.zeros, (h, w, c), jnp.float32)
 
         def basic(e_TE: Array) -> Array:
             a = jnp.einsum("...te,ide->...tid", e_TE, w_in)
@@ -76,7 +76,7 @@ class ConvTiles(Generator):
                     return e
                 # The generator is linear at the start, so an embedding's length sets the spread of its kernel.
                 drawn = jnp.std(_assemble(basic(e), rows, columns, spec))
-                return e * jnp.where(drawn > 0, jnp.std(native[spec.path]) / drawn, 1.0)
+                return jnp.float32(e * jnp.where(drawn > 0, jnp.std(native[spec.path]) / drawn, 1.0))
 
             e = self.param(f"{spec.name}.tiles", embed)
             if z is not None:

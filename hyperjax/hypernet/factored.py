@@ -22,18 +22,20 @@ class Unfactored(Exception):
     """The target does something with its parameters that factors cannot express."""
 
 
-def apply_factored(maker: Maker, factors: Factors, state: State, call: Call, batch: int) -> tuple[Any, State]:
+def apply_factored(
+    maker: Maker, factors: Factors, state: State, call: Call, batch: int, cut: bool = False
+) -> tuple[Any, State]:
     """Applies the target with W_0, and each sample's part of its weights after each layer.
+
+    Args:
+        maker, factors, state, call, batch: as in `per_sample.apply`.
+        cut: let those layers return zeros, which shows whether W_0 reaches the outputs in any other way.
 
     Raises:
         Unfactored: a layer of another kind has parameters that differ from sample to sample.
     """
     ndim = {spec.path: len(spec.shape) for spec in maker.target.structure.specs}
-    differing: dict[str, dict[str, Any]] = {}
-    for path, value in factors.items():
-        layer = path.rpartition("/")[0]
-        if not isinstance(value, jax.Array) or value.ndim > ndim[path]:
-            differing[layer] = {}
+    differing: dict[str, dict[str, Any]] = {layer: {} for layer in differing_layers(maker, factors)}
     base = {}
     for path, value in factors.items():
         layer, _, name = path.rpartition("/")
@@ -60,6 +62,8 @@ def apply_factored(maker: Maker, factors: Factors, state: State, call: Call, bat
         inside = True
         try:
             out = _finish(context.module, own, args[0], y, batch)
+            if cut:
+                out = jnp.zeros(out.shape, out.dtype)
         finally:
             inside = False
         handled.add(layer)
@@ -72,12 +76,22 @@ def apply_factored(maker: Maker, factors: Factors, state: State, call: Call, bat
     return out
 
 
+def differing_layers(maker: Maker, factors: Factors) -> set[str]:
+    """Returns the layers whose parameters differ from sample to sample."""
+    ndim = {spec.path: len(spec.shape) for spec in maker.target.structure.specs}
+    values: dict[str, Any] = dict(factors)  # of factors, arrays or shapes
+    return {p.rpartition("/")[0] for p, v in values.items() if not hasattr(v, "shape") or v.ndim > ndim[p]}
+
+
 def _finish(module: nn.Module, own: dict[str, Any], x: Array, y: Array, batch: int) -> Array:
     """The layer's output y, for each sample's own kernel, scale and bias."""
     kernel = own.get("kernel", own.get("embedding"))
     params = module.variables["params"]
     fits = all(params[name].shape == _base_shape(value, params[name].ndim) for name, value in own.items())
-    known = type(module) in (KERNELS if kernel is not None else NORMS)
+    known = type(module) in KERNELS if kernel is not None else type(module) in NORMS and _features_last(module, y.ndim)
+    known = known and "map_variables(" not in "/".join(
+        getattr(module.scope, "debug_path", ())
+    )  # which changes them on the way
     if not known or not fits or jnp.shape(y)[:1] != (batch,) or jnp.shape(x)[:1] != (batch,):
         raise Unfactored
     if isinstance(kernel, Scaled):
@@ -95,6 +109,12 @@ def _finish(module: nn.Module, own: dict[str, Any], x: Array, y: Array, batch: i
             value = _spread(value, y) if batched else value.reshape((1,) * (y.ndim - value.ndim) + value.shape)
             y = y * value.astype(y.dtype) if name == "scale" else y + value.astype(y.dtype)
     return y
+
+
+def _features_last(module: nn.Module, ndim: int) -> bool:
+    axes = getattr(module, "axis", getattr(module, "feature_axes", -1))
+    axes = axes if isinstance(axes, (tuple, list)) else (axes,)
+    return sorted(axis % ndim for axis in axes) == list(range(ndim - len(axes), ndim))
 
 
 def _low_rank(module: nn.Module, kernel: LowRankSum, x: Array) -> Array:

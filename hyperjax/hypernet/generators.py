@@ -3,6 +3,7 @@
 E width of z, F features before the head, G groups, n size of a parameter; `...` the batch of z, if there is one.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
@@ -44,10 +45,11 @@ class Generator(nn.Module):
         return None
 
     def from_native(self, name: str, spec: ParamSpec, native: Native, collection: str = "params") -> Array:
-        """A float32 parameter (or another collection's variable) that starts as the native value."""
+        """A parameter, float32 if real (or another collection's variable), that starts as the native value."""
 
         def start(key: Array | None = None) -> Array:
-            return jnp.zeros(spec.shape) if native is None else jnp.asarray(native[spec.path], jnp.float32)
+            dtype = jnp.float32 if spec.floating else spec.dtype
+            return jnp.zeros(spec.shape, dtype) if native is None else jnp.asarray(native[spec.path], dtype)
 
         if collection == "params":
             return self.param(name, start)
@@ -55,20 +57,27 @@ class Generator(nn.Module):
 
 
 class Linear(Generator):
-    """theta = H z + b, with one head row for each parameter.
+    """theta = H z + b: one product for each parameter, which measures faster than one for all of them.
+
+    Like `MLP`, it cannot be differentiated in forward mode (`jax.jvp`).
 
     Attributes:
         spread: how spread out each parameter starts (`hyperjax.initializers`).
-        use_bias: whether a learned value is added that all embeddings share: it starts at 0 for kernels, at the
-            native value for vectors.
+        use_bias: whether kernels have a learned value that all embeddings share, as vectors always do.
+        residual: whether kernels start at their native values, plus a tenth of the spread that z makes of them: to
+            start from trained parameters (Ortiz et al., ICLR 2024, equation 6). It needs `use_bias`.
     """
 
     spread: Spread = native_spread
     use_bias: bool = True
+    residual: bool = False
+
+    def refuse(self) -> str | None:
+        return _refuse_residual(self)
 
     @nn.compact
     def __call__(self, z, task_id=None, native=None):
-        return {spec.path: head(self, spec, z, native, self.spread, self.use_bias) for spec in self.leaves}
+        return {spec.path: head(self, spec, z, native) for spec in self.leaves}
 
 
 class MLP(Generator):
@@ -77,20 +86,24 @@ class MLP(Generator):
     Attributes:
         hidden: widths of the hidden layers.
         activation: of the hidden layers.
-        spread, use_bias: as in `Linear`.
+        spread, use_bias, residual: as in `Linear`.
     """
 
     hidden: tuple[int, ...] = (64,)
     activation: Callable[[Array], Array] = nn.gelu
     spread: Spread = native_spread
     use_bias: bool = True
+    residual: bool = False
+
+    def refuse(self) -> str | None:
+        return _refuse_residual(self)
 
     @nn.compact
     def __call__(self, z, task_id=None, native=None):
         for width in self.hidden:
             z = self.activation(nn.Dense(width)(z))
         z = rms_norm(z)
-        return {spec.path: head(self, spec, z, native, self.spread, self.use_bias) for spec in self.leaves}
+        return {spec.path: head(self, spec, z, native) for spec in self.leaves}
 
 
 class SeparableMLP(Generator):
@@ -101,7 +114,7 @@ class SeparableMLP(Generator):
     Attributes:
         hidden: widths of the hidden layers, multiples of `groups`.
         groups: G.
-        activation, spread, use_bias: as in `MLP`.
+        activation, spread, use_bias, residual: as in `MLP`.
 
     Reference: the channel shuffle is that of Zhang et al., "ShuffleNet", CVPR 2018.
     """
@@ -111,10 +124,12 @@ class SeparableMLP(Generator):
     activation: Callable[[Array], Array] = nn.gelu
     spread: Spread = native_spread
     use_bias: bool = True
+    residual: bool = False
 
     def refuse(self) -> str | None:
         bad = [width for width in self.hidden if width % self.groups]
-        return f"hidden has width {bad[0]}, expected a multiple of groups = {self.groups}" if bad else None
+        problem = f"hidden has width {bad[0]}, expected a multiple of groups = {self.groups}" if bad else None
+        return problem or _refuse_residual(self)
 
     @nn.compact
     def __call__(self, z, task_id=None, native=None):
@@ -124,12 +139,17 @@ class SeparableMLP(Generator):
         for i, width in enumerate(widths):
             if i:
                 kernel = self.param(
-                    f"group_{i}", nn.initializers.lecun_normal(batch_axis=0), (G, f.shape[-1] // G, width // G)
+                    f"group_{i}",
+                    nn.initializers.lecun_normal(batch_axis=0),
+                    (G, f.shape[-1] // G, width // G),
+                    jnp.float32,
                 )
                 f_Gf = f.reshape(*f.shape[:-1], G, -1)
                 out = jnp.einsum("...gf,gfh->...gh", f_Gf, kernel)
                 f = jnp.swapaxes(out, -1, -2).reshape(*f.shape[:-1], width)  # the shuffle
-                f = f + self.param(f"bias_{i}", nn.initializers.zeros, (width,)).reshape((1,) * (f.ndim - 1) + (-1,))
+                f = f + self.param(f"bias_{i}", nn.initializers.zeros, (width,), jnp.float32).reshape(
+                    (1,) * (f.ndim - 1) + (-1,)
+                )
             f = self.activation(f)
         f_Gf = rms_norm(f.reshape(*f.shape[:-1], G, -1))
         return {spec.path: self._grouped_head(spec, f_Gf, native) for spec in self.leaves}
@@ -137,48 +157,56 @@ class SeparableMLP(Generator):
     def _grouped_head(self, spec: ParamSpec, f_Gf: Array, native: Native) -> Array:
         rows = -(-spec.size // self.groups)
         shape = (self.groups, rows, f_Gf.shape[-1])
-        weights = self.param(spec.name, _scaled_normal(spec, native, self.spread, shape, f_Gf.shape[-1]))
+        weights = self.param(spec.name, _scaled_normal(self, spec, native, shape))
         made = jnp.einsum("...gf,gnf->...gn", f_Gf, weights).reshape(*f_Gf.shape[:-2], -1)
         made = made[..., : spec.size].reshape(*f_Gf.shape[:-2], *spec.shape)
-        return _add_bias(self, spec, made, native, self.spread, self.use_bias)
+        return _add_bias(self, spec, made, native)
 
 
-def head(module: Generator, spec: ParamSpec, f: Array, native: Native, spread: Spread, use_bias: bool = True) -> Array:
+def head(module: "Linear | MLP | SeparableMLP", spec: ParamSpec, f: Array, native: Native) -> Array:
     """One parameter [..., *shape] from features [..., F]: weights [*shape, F], stored target-major, and a bias."""
-    weights = module.param(spec.name, _scaled_normal(spec, native, spread, (*spec.shape, f.shape[-1]), f.shape[-1]))
+    weights = module.param(spec.name, _scaled_normal(module, spec, native, (*spec.shape, f.shape[-1])))
     made = matvec(weights, f) if f.ndim == 1 else jnp.tensordot(f, weights, axes=(-1, -1))
-    return _add_bias(module, spec, made, native, spread, use_bias)
+    return _add_bias(module, spec, made, native)
 
 
-def _add_bias(module: Generator, spec: ParamSpec, made: Array, native: Native, spread: Spread, use_bias: bool) -> Array:
-    if not use_bias:
+def _add_bias(module: "Linear | MLP | SeparableMLP", spec: ParamSpec, made: Array, native: Native) -> Array:
+    if not module.use_bias and len(spec.shape) > 1:
         return made
 
     def start(key: Array) -> Array:
         if native is None:
-            return jnp.zeros(spec.shape)
+            return jnp.zeros(spec.shape, jnp.float32)
         value = jnp.asarray(native[spec.path], jnp.float32)
-        return jnp.where(spread(spec, value) > 0, 0.0, value)
+        if module.residual:
+            return value
+        centre = jnp.mean(value) if module.spread is native_spread else 0.0
+        return jnp.where(module.spread(spec, value) > 0, centre, value)
 
     bias = module.param(f"{spec.name}.bias", start)
     return made + bias.reshape((1,) * (made.ndim - bias.ndim) + bias.shape)
 
 
-def _scaled_normal(spec: ParamSpec, native: Native, spread: Spread, shape: tuple[int, ...], features: int):
-    """Initializer of head weights: features of mean square 1 then make values with the wanted spread."""
+def _scaled_normal(module: "Linear | MLP | SeparableMLP", spec: ParamSpec, native: Native, shape: tuple[int, ...]):
+    """Initializer of head weights [..., F]: features of mean square 1 then make values with the wanted spread."""
 
     def start(key: Array) -> Array:
         if native is None:
-            return jnp.zeros(shape)
-        scale = spread(spec, native[spec.path]) / jnp.sqrt(float(features))
-        return jax.random.normal(key, shape) * scale
+            return jnp.zeros(shape, jnp.float32)
+        scale = module.spread(spec, native[spec.path]) * (0.1 if module.residual else 1.0)
+        return (jax.random.normal(key, shape, jnp.float32) * scale / math.sqrt(shape[-1])).astype(jnp.float32)
 
     return start
 
 
+def _refuse_residual(module: "Linear | MLP | SeparableMLP") -> str | None:
+    wrong = module.residual and not module.use_bias
+    return "residual=True needs use_bias=True, which holds what the residual is added to" if wrong else None
+
+
 @jax.custom_vjp
 def matvec(weights: Array, f: Array) -> Array:
-    """weights [*shape, F] @ f [F], differentiable once in reverse mode, for heads whose size decides the speed."""
+    """weights [*shape, F] @ f [F] with a reverse mode made for speed; it has no forward mode (`jax.jvp`)."""
     return weights @ f
 
 
@@ -192,7 +220,8 @@ def _matvec_backward(residuals, g: Array):
     # The gradient of the weights depends on df, and is a broadcast: XLA then need not copy the weights, which a
     # donated step overwrites, and fuses the outer product into the optimizer's update (2.4 times faster on CPU).
     g = g + 0.0 * df[0]
-    return g[..., None] * f.reshape((1,) * g.ndim + f.shape), df
+    dw = g[..., None] * f.reshape((1,) * g.ndim + f.shape)
+    return dw.astype(weights.dtype), df.astype(f.dtype)
 
 
 matvec.defvjp(_matvec_forward, _matvec_backward)

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from flax.errors import ScopeCollectionNotFound, ScopeParamNotFoundError, ScopeVariableNotFoundError
 
 from hyperjax.hypernet.generators import Generator, Leaves
 from hyperjax.hypernet.modulated import Factors, Modulated
@@ -51,24 +53,25 @@ class Maker(NamedTuple):
             made: Leaves = {}
             for part, own in zip(self.parts, variables, strict=True):
                 own_task = (task if static else traced) if part.task is None else part.task
-                new: Any = part.module.apply(own, z, own_task)
-                made.update(new)
+                made.update(_checked(part.module, _apply(part.module, own, z, own_task)))
             return made
 
         run = jax.checkpoint(make) if self.remat else make
         return self.cast(run([part.variables for part in self.parts], z, None if static else task))  # type: ignore[arg-type]
 
-    def factors(self, z: Array, task: Task) -> Factors | None:
-        """Returns {path: factors or value}; None unless every generator of kernels hands out factors."""
+    def factored(self) -> bool:
+        """Whether every generator that reads z hands out factors."""
+        return all(isinstance(part.module, Modulated) or not part.module.needs_z for part in self.parts)
+
+    def factors(self, z: Array, task: Task) -> Factors:
+        """Returns {path: factors or value}, if `factored`."""
         made: Factors = {}
         for part in self.parts:
             own_task = task if part.task is None else part.task
             if isinstance(part.module, Modulated):
                 new: Any = part.module.apply(part.variables, z, own_task, method="factors")
-            elif part.module.needs_z:
-                return None
             else:
-                new = part.module.apply(part.variables, z, own_task)
+                new = _apply(part.module, part.variables, z, own_task)
             made.update(new)
         return made
 
@@ -80,3 +83,22 @@ class Maker(NamedTuple):
     def tree(self, leaves: Leaves) -> Any:
         """Returns the target's pytree."""
         return self.target.structure.unflatten(leaves)
+
+
+def _apply(module: Generator, variables: Mapping[str, Any], z: Array | None, task: Task) -> Any:
+    try:
+        return module.apply(variables, z, task)
+    except (ScopeCollectionNotFound, ScopeParamNotFoundError, ScopeVariableNotFoundError) as error:
+        raise ValueError(
+            f"the variables lack some of {type(module).__name__}; pass all that init returned, "
+            'with "frozen" beside "params"'
+        ) from error
+
+
+def _checked(module: Generator, made: Any) -> Leaves:
+    """What a generator returned, which a user may have written."""
+    for spec in module.leaves:
+        shape = jnp.shape(made[spec.path]) if spec.path in made else None
+        if shape is None or shape[len(shape) - len(spec.shape) :] != spec.shape:
+            raise ValueError(f"{type(module).__name__} made {spec.path} {shape}, expected [..., *{spec.shape}]")
+    return made

@@ -20,10 +20,11 @@ Array = jax.Array
 
 
 class Scaled(NamedTuple):
-    """W = W_0 * d: base [*shape], scale [..., out] or [..., *shape]."""
+    """W = W_0 * d: base [*shape], scale [..., out], or [..., *shape] if `full`."""
 
     base: Array
     scale: Array
+    full: bool
 
     def dense(self) -> Array:
         """Returns W [..., *shape]."""
@@ -31,11 +32,6 @@ class Scaled(NamedTuple):
         ones = () if self.full else (1,) * (self.base.ndim - 1)
         scale = self.scale.reshape(*self.scale.shape[:batch], *ones, *self.scale.shape[batch:])
         return self.base.reshape((1,) * batch + self.base.shape) * scale
-
-    @property
-    def full(self) -> bool:
-        """Whether there is a factor for each weight, not for each output."""
-        return self.scale.ndim >= self.base.ndim and self.scale.shape[-self.base.ndim :] == self.base.shape
 
 
 class LowRankSum(NamedTuple):
@@ -79,7 +75,7 @@ class Modulated(Generator):
 
     def shifted(self, spec: ParamSpec, z: Array, native) -> Array:
         """b_0 + s(z), with s = 0 at the start."""
-        weights = self.param(f"{spec.name}.shift", nn.initializers.zeros, (*spec.shape, z.shape[-1]))
+        weights = self.param(f"{spec.name}.shift", nn.initializers.zeros, (*spec.shape, z.shape[-1]), jnp.float32)
         shift = jnp.tensordot(z, weights, axes=(-1, -1))
         base = self.base(spec, native)
         return base.reshape((1,) * (shift.ndim - base.ndim) + base.shape) + shift
@@ -107,8 +103,8 @@ class Scale(Modulated):
                 continue
             rows = spec.shape if self.full else spec.shape[-1:]
             start = nn.initializers.normal(self.spread / math.sqrt(z.shape[-1]))
-            weights = self.param(f"{spec.name}.scale", start, (*rows, z.shape[-1]))
-            made[spec.path] = Scaled(self.base(spec, native), 1.0 + jnp.tensordot(z, weights, axes=(-1, -1)))
+            weights = self.param(f"{spec.name}.scale", start, (*rows, z.shape[-1]), jnp.float32)
+            made[spec.path] = Scaled(self.base(spec, native), 1.0 + jnp.tensordot(z, weights, axes=(-1, -1)), self.full)
         return made
 
 
@@ -140,8 +136,9 @@ class LowRank(Modulated):
                 continue
             fan_in = math.prod(spec.shape[:-1])
             start = nn.initializers.normal(1 / math.sqrt(fan_in * z.shape[-1]))
-            a = self.param(f"{spec.name}.a", start, (*spec.shape[:-1], self.rank, z.shape[-1]))
-            b = self.param(f"{spec.name}.b", nn.initializers.zeros, (self.rank, spec.shape[-1], z.shape[-1]))
+            a = self.param(f"{spec.name}.a", start, (*spec.shape[:-1], self.rank, z.shape[-1]), jnp.float32)
+            size = (self.rank, spec.shape[-1], z.shape[-1])
+            b = self.param(f"{spec.name}.b", nn.initializers.zeros, size, jnp.float32)
             A, B = jnp.tensordot(z, a, axes=(-1, -1)), jnp.tensordot(z, b, axes=(-1, -1))
             made[spec.path] = LowRankSum(self.base(spec, native), A, factor * B)
         return made

@@ -31,7 +31,9 @@ class HyperNetwork(nn.Module):
 
     Its variables are "params" (the table `embedding` [T, E], the generators', an encoder's), "frozen" (what no
     optimizer may see) and the target's own collections. Everything but `task_id`, `z` and `condition` is passed on to
-    the target, and so are `rngs=` and `mutable=` of `apply`.
+    the target, and so are `mutable=` of `apply` and its `rngs=`, folded as for any submodule. Where each sample has
+    weights of its own, "one set of weights" means one network: nothing then passes from sample to sample, except in a
+    BatchNorm of the factored route (`per_sample.py`).
     """
 
     targets: tuple[Target, ...]
@@ -79,10 +81,12 @@ class HyperNetwork(nn.Module):
                 `[("norm", Learned()), ("^head/", PerTask())]`. The first that fits counts.
             encoder: a Linen module; z is then encoder(condition), rescaled by a fixed number so that it starts with
                 mean square 1, and there is no table of embeddings.
-            params: values that the target's parameters start from, as those of a trained network. For a function,
-                required, unless there is `init`.
+            params: values that the target's parameters start from, as those of a trained network: exactly so with
+                `Scale`, `LowRank`, `Learned`, `PerTask`, `Frozen`, and nearly with `residual=True`; the other
+                generators take over their spread. For a function, required, unless there is `init`.
             init: for a function, key -> parameters.
-            per_task: the target's collections to keep for each task apart, as ("batch_stats",).
+            per_task: the target's collections to keep for each task apart, as ("batch_stats",). Others are shared,
+                also by several targets, if they are of the same shapes.
             dtype: of generated parameters, as jnp.bfloat16; by default that of the target's own. Generators compute
                 in float32.
             remat: generate again in the backward pass instead of keeping the generators' intermediates.
@@ -93,6 +97,9 @@ class HyperNetwork(nn.Module):
             ValueError: a target without parameters or of an unknown kind, a pattern that selects nothing, a generator
                 that cannot make what it should, or a number out of range.
         """
+        own = {"task_id", "z", "condition"} & keyword_inputs.keys()
+        if own:
+            raise ValueError(f"the target's input {own.pop()!r} has a name that the hypernetwork uses; wrap the target")
         models = list(target) if isinstance(target, (list, tuple)) else [target]
         tasks = (len(models) if num_embeddings is None else num_embeddings) if models else 0
         conditions.check_sizes(embedding_dim, tasks, sample_block)
@@ -114,7 +121,11 @@ class HyperNetwork(nn.Module):
 
     def setup(self) -> None:
         if self.num_embeddings and self.encoder is None:
-            self.embedding = self.param("embedding", unit_rows, (self.num_embeddings, self.embedding_dim))
+            shape = (self.num_embeddings, self.embedding_dim)
+            given = jnp.shape(self.get_variable("params", "embedding", jnp.zeros(shape)))
+            if given != shape:
+                raise ValueError(f"the variables hold a table of embeddings {given}, expected [T, E] = {shape}")
+            self.embedding = self.param("embedding", unit_rows, shape)
 
     def __call__(self, *inputs: Any, task_id: Any = None, z: Any = None, condition: Any = None, **keywords: Any) -> Any:
         """Applies the target with generated parameters.
@@ -124,7 +135,7 @@ class HyperNetwork(nn.Module):
             task_id: index of a task, or [B] of them: one for each sample.
             z: any embedding [E], or [B, E]: one set of weights for each sample. Beside it, `task_id` only chooses what
                 is kept per task.
-            condition: the encoder's input; what comes out, [E] or [B, E], is z.
+            condition: the encoder's input, a tuple for several; what comes out, [E] or [B, E], is z.
 
         Returns:
             The target's outputs. With a batch of embeddings every array among the inputs needs the leading axis B, and
@@ -135,7 +146,8 @@ class HyperNetwork(nn.Module):
                 value of a task id is not known: one that is out of range gives NaN, never another task's weights.
         """
         start = self.is_initializing()
-        state = self._start(inputs, keywords, task_id, z, condition) if start else None
+        if start:
+            self._start(inputs, keywords, task_id, z, condition)
         z, task = self._embed(task_id, z, condition)
         index = self._target_index(task)
         target = self.targets[index]
@@ -143,61 +155,86 @@ class HyperNetwork(nn.Module):
         rngs = {} if start else {name: self.make_rng(name) for name in (self.scope.rngs if self.scope else {})}
         if start and self.scope:
             rngs = {"params": self.make_rng("params")}
-        call = Call(inputs, keywords, rngs, lambda name: not start and self.is_mutable_collection(name))
-        slot = self._slot(index)
-        kept: State = state[index] if state else {name: self.get_variable(name, slot) for name in target.state}
+        call = Call(inputs, keywords, rngs, True if start else self.scope.mutable if self.scope else False)
+        kept = self._kept(index)
         pick = lambda task: self._pick_state(kept, task)  # noqa: E731
         batch = conditions.batch_size(z, task)
         if batch is None:
             y, changed = target.apply(maker.tree(maker.leaves(z, task)), pick(task), call)
         else:
-            y, changed = per_sample.apply(maker, z, task, batch, pick, call, self.sample_block)
-        for name, value in changed.items():
-            if name in self.per_task:
+            y, changed = per_sample.apply(maker, z, task, batch, pick, call, self.sample_block, start)
+        for name, value in {} if start else changed.items():
+            if name in self.per_task and len(self.targets) == 1:
                 row = jnp.asarray(task)
                 row = jnp.where(row < 0, self.num_embeddings, row)  # a negative index would count from the end
                 value = jax.tree.map(lambda old, new: old.at[row].set(new, mode="drop"), kept[name], value)  # noqa: B023
-            self.put_variable(name, slot, value)
+            self.put_variable(name, self._slot(index, name), value)
         return y
 
     @nn.nowrap
     def generate(
-        self, variables: Mapping[str, Any], *, task_id: Any = None, z: Any = None, condition: Any = None
+        self,
+        variables: Mapping[str, Any],
+        *,
+        task_id: Any = None,
+        z: Any = None,
+        condition: Any = None,
+        rngs: Any = None,
     ) -> Any:
         """Returns the target's parameters as a plain pytree.
 
         Args:
             variables: of the hypernetwork.
             task_id, z, condition: as in `__call__`; for a batch every parameter has the leading axis B.
+            rngs: for an encoder that needs them.
 
         Returns:
             A pytree of the target's own structure: `model.apply({"params": params}, x)`; nested dicts for nnx.
         """
-        made: Any = self.apply(variables, task_id, z, condition, False, method=HyperNetwork._generate)
+        made: Any = self.apply(variables, task_id, z, condition, False, rngs=rngs, method=HyperNetwork._generate)
         return made[1]
 
     @nn.nowrap
     def materialize(
-        self, variables: Mapping[str, Any], *, task_id: Any = None, z: Any = None, condition: Any = None
+        self,
+        variables: Mapping[str, Any],
+        *,
+        task_id: Any = None,
+        z: Any = None,
+        condition: Any = None,
+        rngs: Any = None,
     ) -> Any:
         """Returns what the target alone runs with, for deployment.
+
+        Args:
+            variables, task_id, z, condition, rngs: as in `generate`, for one network.
 
         Returns:
             For Linen the variables, batch statistics included: `model.apply(materialized, x)`. For nnx a module of its
             own. For a function its parameters.
         """
-        made: Any = self.apply(variables, task_id, z, condition, True, method=HyperNetwork._generate)
+        made: Any = self.apply(variables, task_id, z, condition, True, rngs=rngs, method=HyperNetwork._generate)
         target, params, state = made
         return target.variables(params, state)
 
     @nn.nowrap
     def specialize(
-        self, variables: Mapping[str, Any], *, task_id: Any = None, z: Any = None, condition: Any = None
+        self,
+        variables: Mapping[str, Any],
+        *,
+        task_id: Any = None,
+        z: Any = None,
+        condition: Any = None,
+        rngs: Any = None,
     ) -> Callable[..., Any]:
-        """Returns one network as a pure function (*inputs, **inputs) -> outputs, whose weights are made already."""
-        made: Any = self.apply(variables, task_id, z, condition, True, method=HyperNetwork._generate)
+        """Returns one network as a pure function (*inputs, **inputs) -> outputs, whose weights are made already.
+
+        Args:
+            variables, task_id, z, condition, rngs: as in `generate`, for one network.
+        """
+        made: Any = self.apply(variables, task_id, z, condition, True, rngs=rngs, method=HyperNetwork._generate)
         target, params, state = made
-        return lambda *inputs, **keywords: target.apply(params, state, Call(inputs, keywords, {}, lambda _: False))[0]
+        return lambda *inputs, **keywords: target.apply(params, state, Call(inputs, keywords, {}))[0]
 
     @nn.nowrap
     def embeddings(self, variables: Mapping[str, Any]) -> Array:
@@ -218,28 +255,27 @@ class HyperNetwork(nn.Module):
             for spec in target.structure.specs:
                 if leaves[spec.path].ndim == len(spec.shape):
                     leaves[spec.path] = jnp.broadcast_to(leaves[spec.path], (batch, *spec.shape))
-        kept: State = {name: self.get_variable(name, self._slot(index)) for name in target.state} if single else {}
+        kept = self._kept(index) if single else {}
         return target, maker.tree(leaves), self._pick_state(kept, task)
 
-    def _start(self, inputs: Any, keywords: Any, task_id: Any, z: Any, condition: Any) -> list[State]:
+    def _start(self, inputs: Any, keywords: Any, task_id: Any, z: Any, condition: Any) -> None:
         """Makes the variables: every generator starts from what the target itself would have drawn."""
-        natives, states = [], []
+        if self.encoder is not None and condition is None:
+            raise ValueError("the encoder has nothing to encode; give condition, so that its variables can be made")
+        natives = []
         for index, target in enumerate(self.targets):
             params, state = target.init(self.make_rng("params"), inputs, keywords)
             natives.append(target.structure.flatten(params))
-            for name in self.per_task:
+            for name in self.per_task if len(self.targets) == 1 else ():
                 stack = lambda v: jnp.broadcast_to(v, (self.num_embeddings, *jnp.shape(v)))  # noqa: E731
                 state[name] = jax.tree.map(stack, state[name])
             for name, value in state.items():
-                if self.is_mutable_collection(name):
-                    self.put_variable(name, self._slot(index), value)
-            states.append(state)
+                self.put_variable(name, self._slot(index, name), value)
         z, _ = self._embed(task_id, z, condition)
         z = z if z is None or z.ndim == 1 else z[0]
         for number, generator in enumerate(self.generators):
             owner = next(i for i, used in enumerate(self.uses) if number in used)
             generator(z, 0, natives[owner])
-        return states
 
     def _embed(self, task_id: Any, z: Any, condition: Any) -> tuple[Array | None, Task]:
         task = conditions.check_task(task_id, self.num_embeddings)
@@ -257,7 +293,9 @@ class HyperNetwork(nn.Module):
         return z, task
 
     def _encode(self, condition: Any) -> Array:
-        z = conditions.check_z(self.encoder(condition), self.embedding_dim, "the encoder's output")  # type: ignore[misc]
+        encoder: Any = self.encoder
+        made = encoder(*condition) if isinstance(condition, tuple) else encoder(condition)
+        z = conditions.check_z(made, self.embedding_dim, "the encoder's output")
         power = lambda: jnp.mean(jnp.square(jax.lax.stop_gradient(z)))  # noqa: E731
         if self.is_initializing() and not self.has_variable("frozen", "encoder_scale"):
             self.put_variable("frozen", "encoder_scale", jnp.where(power() > 0, jax.lax.rsqrt(power() + 1e-12), 1.0))
@@ -270,8 +308,18 @@ class HyperNetwork(nn.Module):
             raise ValueError("the tasks have targets of their own, so task_id must be one Python int, fixed under jit")
         return task
 
-    def _slot(self, index: int) -> str:
-        return "target" if len(self.targets) == 1 else f"target_{index}"
+    def _slot(self, index: int, collection: str) -> str:
+        """Where a target's collection is kept: one place for all, unless they differ or each is to have its own."""
+        shapes = {target.state.get(collection) for target in self.targets}
+        shared = len(self.targets) == 1 or (len(shapes) == 1 and collection not in self.per_task)
+        return "target" if shared else f"target_{index}"
+
+    def _kept(self, index: int) -> State:
+        kept: State = {name: self.get_variable(name, self._slot(index, name)) for name in self.targets[index].state}
+        missing = next((name for name, value in kept.items() if value is None), None)
+        if missing:
+            raise ValueError(f"the variables lack {missing!r}, which the target needs; pass all that init returned")
+        return kept
 
     def _maker(self, index: int) -> Maker:
         made = [self.generators[number] for number in self.uses[index]]
@@ -282,7 +330,8 @@ class HyperNetwork(nn.Module):
         return Maker(self.targets[index], tuple(parts), self.dtype, self.remat)
 
     def _pick_state(self, kept: State, task: Task) -> State:
+        apart = self.per_task if len(self.targets) == 1 else ()
         return {
-            name: jax.tree.map(lambda v: lookup(v, task), value) if name in self.per_task else value  # type: ignore[arg-type]
+            name: jax.tree.map(lambda v: lookup(v, task), value) if name in apart else value  # type: ignore[arg-type]
             for name, value in kept.items()
         }

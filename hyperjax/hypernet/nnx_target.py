@@ -1,11 +1,12 @@
 """An `flax.nnx` module as a target: its `Param`s are generated, its other variables are state."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
 
-from hyperjax.hypernet.target import Target, check_params
+from hyperjax.hypernet.target import Target, fitted
 from hyperjax.paramtree import structure
 
 
@@ -13,7 +14,8 @@ class NNXTarget(Target):
     """A copy of an nnx module; the module itself is never changed.
 
     Random streams are not state: they are seeded by the `rngs` of each call, and a stream that is drawn from without
-    a seed is refused, as it would repeat itself.
+    a seed is refused, as it would repeat itself. So is state that changes but is not mutable. Modes such as
+    `use_running_average` are the module's at the time: evaluate with a second target made from `nnx.view`.
 
     Args:
         module: the module; its parameters' values are those that generated ones start like.
@@ -27,11 +29,11 @@ class NNXTarget(Target):
         self.template = values
         self.structure = structure(own)
         if params is not None:
-            own = nnx.to_pure_dict(params) if isinstance(params, nnx.State) else params
-            check_params(self.structure, own)
+            own = fitted(self.structure, nnx.to_pure_dict(params) if isinstance(params, nnx.State) else params)
         self.params = own
-        self.rest = {_collection(kind): nnx.filter_state(rest, kind) for kind in _kinds(rest)}
-        self.state = tuple(self.rest)
+        self.kinds = {_collection(kind): _exactly(kind) for kind in _kinds(rest)}
+        self.rest = {name: nnx.filter_state(rest, only) for name, only in self.kinds.items()}
+        self.state = {name: structure(nnx.to_pure_dict(part)) for name, part in self.rest.items()}
 
     def init(self, key, args, kwargs):
         return self.params, {name: nnx.to_pure_dict(part) for name, part in self.rest.items()}
@@ -43,15 +45,16 @@ class NNXTarget(Target):
         if "params" in seeds:  # as in Linen, the stream that stands in for all others
             seeds = {name: jax.random.fold_in(seeds["params"], i) for i, (name, _) in enumerate(before)} | seeds
         nnx.reseed(module, **seeds)
-        before = _counts(module)
+        before, kept = _counts(module), self._values(module)
         out = module(*call.args, **call.kwargs)
         for (name, value), (_, old) in zip(_counts(module), before, strict=True):
             if name not in seeds and value is not old:
                 raise ValueError(f"the target draws from the random stream {name!r}; pass rngs={{{name!r}: key}}")
-        changed = {
-            name: nnx.to_pure_dict(nnx.state(module, kind)) for name, kind in self._names() if call.mutable(name)
-        }
-        return out, changed
+        for name, values in self._values(module).items():
+            if not call.mutable(name) and any(new is not old for new, old in zip(values, kept[name], strict=True)):
+                raise ValueError(f"the target changes {name!r}; pass mutable=[{name!r}], or give it in evaluation mode")
+        changed = [name for name in kept if call.mutable(name)]
+        return out, {name: nnx.to_pure_dict(nnx.state(module, self.kinds[name])) for name in changed}
 
     def variables(self, params, state):
         parts = [
@@ -61,8 +64,13 @@ class NNXTarget(Target):
         ]
         return nnx.merge(self.graph, *parts)
 
-    def _names(self):
-        return [(name, kind) for name, part in self.rest.items() for kind in _kinds(part)]
+    def _values(self, module: nnx.Module) -> dict[str, list[Any]]:
+        def is_variable(v: Any) -> bool:
+            return isinstance(v, nnx.Variable)
+
+        states = {name: nnx.state(module, only) for name, only in self.kinds.items()}
+        leaves = {name: jax.tree.leaves(state, is_leaf=is_variable) for name, state in states.items()}
+        return {name: [variable.get_raw_value() for variable in found] for name, found in leaves.items()}
 
 
 def _filled(template: nnx.State, values: Any) -> nnx.State:
@@ -81,6 +89,11 @@ def _kinds(state: nnx.State) -> list[type]:
     return list(
         dict.fromkeys(type(leaf) for leaf in jax.tree.leaves(state, is_leaf=lambda v: isinstance(v, nnx.Variable)))
     )
+
+
+def _exactly(kind: type) -> Callable[[Any, Any], bool]:
+    """A filter: `nnx.Variable` as such would also mean every kind derived from it."""
+    return lambda path, variable: type(variable) is kind
 
 
 def _collection(kind: type) -> str:

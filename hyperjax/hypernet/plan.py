@@ -7,9 +7,11 @@ they occur in, so that what all targets share comes from one generator, and a he
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from hyperjax.hypernet.generators import Generator
 from hyperjax.hypernet.target import Target
-from hyperjax.hypernet.ungenerated import Frozen, PerTask
+from hyperjax.hypernet.ungenerated import Frozen, Learned, PerTask
 from hyperjax.paramtree import ParamSpec, Selector, select
 
 Rule = tuple[Selector, Generator]
@@ -47,11 +49,16 @@ def plan(
     groups: dict[tuple[Any, ...], list[ParamSpec]] = {}
     for spec in specs:
         number = chosen.get(spec.path, len(rules))
-        if not spec.floating and number == len(rules):  # what cannot be differentiated is kept
+        whole = not jnp.issubdtype(spec.dtype, jnp.inexact)
+        if whole and number == len(rules):  # what cannot be differentiated is kept
             groups.setdefault((-1, where[spec]), []).append(spec)
             continue
-        if not spec.floating and not isinstance(choices[number], Frozen):
-            raise ValueError(f"{spec.path} is {spec.dtype}, which {_name(choices[number])} cannot make; use Frozen()")
+        if not spec.floating and not isinstance(choices[number], Frozen if whole else (Frozen, Learned, PerTask)):
+            also = "" if whole else " or Learned()"
+            name = _name(choices[number])
+            raise ValueError(
+                f"{spec.path} is {spec.dtype}, which {name} cannot make; give it a rule with Frozen(){also}"
+            )
         groups.setdefault((number, where[spec]), []).append(spec)
 
     generators = []

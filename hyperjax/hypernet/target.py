@@ -1,10 +1,13 @@
 """Targets: any network as a pure function of its parameters, its other state and its inputs."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import numpy as np
+from flax.core.scope import in_filter, subtract_filters
 
 from hyperjax.paramtree import Structure, structure
 
@@ -13,12 +16,16 @@ State = dict[str, Any]  # collection -> pytree, of what is neither parameter nor
 
 
 class Call(NamedTuple):
-    """What the target is called with: `rngs` by stream, and which collections it may change."""
+    """What the target is called with: `rngs` by stream, and a Flax filter of the collections it may change."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     rngs: Mapping[str, Array]
-    mutable: Callable[[str], bool]
+    filter: Any = False
+
+    def mutable(self, collection: str) -> bool:
+        """Whether a collection may change."""
+        return in_filter(self.filter, collection)
 
 
 class Target:
@@ -26,11 +33,11 @@ class Target:
 
     Attributes:
         structure: its parameters, in order.
-        state: names of its other collections, as "batch_stats".
+        state: its other collections, as "batch_stats", and their structure.
     """
 
     structure: Structure
-    state: tuple[str, ...] = ()
+    state: Mapping[str, Structure] = MappingProxyType({})
 
     def init(self, key: Array, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, State]:
         """Returns parameters and state as the network itself would start them."""
@@ -56,12 +63,26 @@ class LinenTarget(Target):
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], params: Any = None):
         self.module = module.clone(parent=None, name=None)
-        shapes = jax.eval_shape(lambda: self.module.init(jax.random.key(0), *args, **kwargs))
-        self.state = tuple(name for name in shapes if name not in ("params", "intermediates"))
+        leaves, tree = jax.tree.flatten((args, dict(kwargs)))
+        arrays = [leaf for leaf in leaves if _is_array(leaf)]
+
+        def start(key: Array, arrays: list[Any]) -> Any:
+            values = iter(arrays)
+            args, kwargs = jax.tree.unflatten(tree, [next(values) if _is_array(leaf) else leaf for leaf in leaves])
+            return self.module.init(key, *args, **kwargs)
+
+        shapes = jax.eval_shape(start, jax.random.key(0), arrays)
+        self.state = {name: structure(v) for name, v in shapes.items() if name not in ("params", "intermediates")}
         self.structure = structure(shapes.get("params", {}))
-        self.params = params
-        if params is not None:
-            check_params(self.structure, params)
+        self.params = None if params is None else fitted(self.structure, params)
+        self.identity = (_hashable(module), self.structure, id(params))
+        self.given = params  # kept, so that no other tree gets its id
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.identity == self.identity
+
+    def __hash__(self) -> int:
+        return hash(self.identity)
 
     def init(self, key, args, kwargs):
         variables = dict(self.module.init(key, *args, **kwargs))
@@ -69,18 +90,19 @@ class LinenTarget(Target):
         return params, {name: variables[name] for name in self.state}
 
     def apply(self, params, state, call):
-        mutable = [name for name in (*self.state, "intermediates", "perturbations") if call.mutable(name)]
-        out = self.module.apply(
-            self.variables(params, state), *call.args, rngs=dict(call.rngs), mutable=mutable or False, **call.kwargs
-        )
-        return (out[0], dict(out[1])) if mutable else (out, {})
+        variables, rngs = self.variables(params, state), dict(call.rngs)
+        if call.filter is False:
+            return self.module.apply(variables, *call.args, rngs=rngs, **call.kwargs), {}
+        mutable = subtract_filters(call.filter, ["params", "frozen"])
+        out, changed = self.module.apply(variables, *call.args, rngs=rngs, mutable=mutable, **call.kwargs)
+        return out, dict(changed)
 
     def variables(self, params, state):
         return {"params": params, **state}
 
 
 class FunctionTarget(Target):
-    """A pure function apply(params, *inputs): Haiku, Equinox, or nothing but JAX.
+    """A pure function apply(params, *inputs): Haiku, Equinox, or nothing but JAX. PRNG keys are inputs like others.
 
     Args:
         function: apply(params, *inputs, **inputs) -> outputs.
@@ -96,10 +118,10 @@ class FunctionTarget(Target):
         self.function, self.structure = function, structure(params)
         if init is None and any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
             raise ValueError("params holds shapes without values; give arrays, or init=KEY -> TREE as well")
-        self._init = init or (lambda key: params)
+        self.start, self.params = init, params
 
     def init(self, key, args, kwargs):
-        return self._init(key), {}
+        return (self.params if self.start is None else self.start(key)), {}
 
     def apply(self, params, state, call):
         return self.function(params, *call.args, **call.kwargs), {}
@@ -132,15 +154,32 @@ def as_target(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], para
     return target
 
 
-def check_params(expected: Structure, params: Any) -> None:
-    """Raises ValueError for parameters of another structure or with other shapes."""
+def fitted(expected: Structure, params: Any) -> Any:
+    """Returns parameters in the containers that the target has, as dicts for `FrozenDict`s.
+
+    Raises:
+        ValueError: a parameter is missing, of another shape, or one too many.
+    """
     given = structure(params)
     ours, theirs = {s.path: s.shape for s in expected.specs}, {s.path: s.shape for s in given.specs}
-    for path in ours.keys() | theirs.keys():
+    for path in {**ours, **theirs}:
         if ours.get(path) != theirs.get(path):
             raise ValueError(
                 f"params has {path} {theirs.get(path, 'missing')}, expected {ours.get(path, 'no such parameter')}"
             )
+    return expected.unflatten(dict(zip(theirs, jax.tree.leaves(params), strict=True)))
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
+
+
+def _hashable(module: nn.Module) -> Any:
+    try:
+        hash(module)
+    except TypeError:  # a field such as a list
+        return id(module)
+    return module
 
 
 def _no_init(init: Any, what: str) -> None:

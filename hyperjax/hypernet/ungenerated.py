@@ -1,5 +1,7 @@
 """What is not generated: parameters that are learned directly, one for all tasks or one for each, or frozen."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -50,15 +52,21 @@ class PerTask(Generator):
 
             def start(key: Array, spec=spec) -> Array:
                 shape = (len(self.tasks), *spec.shape)
-                return jnp.zeros(shape) if native is None else jnp.broadcast_to(jnp.float32(native[spec.path]), shape)
+                dtype = jnp.float32 if spec.floating else spec.dtype
+                value = jnp.zeros(spec.shape) if native is None else native[spec.path]
+                return jnp.broadcast_to(jnp.asarray(value, dtype), shape)
 
             made[spec.path] = lookup(self.param(spec.name, start), task_id)
         return made
 
 
 def lookup(table: Array, index: Array | int) -> Array:
-    """Row(s) of a table [n, ...] at an index [...]; NaN, not the nearest row, where it is out of range."""
+    """Row(s) of a table [n, ...] at an index [...]; where that is out of range NaN, the least integer or False."""
     index = jnp.asarray(index)
     rows = jnp.take(table, index, axis=0, mode="clip")
     inside = ((index >= 0) & (index < table.shape[0])).reshape(index.shape + (1,) * (table.ndim - 1))
-    return jnp.where(inside, rows, jnp.asarray(jnp.nan, table.dtype))
+    if jnp.issubdtype(table.dtype, jnp.inexact):
+        outside: Any = jnp.nan
+    else:
+        outside = jnp.iinfo(table.dtype).min if jnp.issubdtype(table.dtype, jnp.integer) else False
+    return jnp.where(inside, rows, jnp.asarray(outside, table.dtype))
