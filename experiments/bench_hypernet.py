@@ -28,6 +28,7 @@ from bench_hypernet_peers import Candidate, Target, compiled, cross_entropy, in_
 
 from hyperjax import hypernet as hn
 from hyperjax import training
+from hyperjax.hypernet.generators import matvec
 from hyperjax.hypernet.image_models import WideResNet
 from hyperjax.paramtree import count
 
@@ -62,7 +63,7 @@ class Config:
     image_size: int = 32  # wrn: height and width of an image
     memory_layers: tuple[int, ...] = (784, *6 * (2160,), 10)  # 25m: widths of the MLP
     max_head_mb: int = 400  # what has a larger head is left out
-    peers: bool = True  # also measure other libraries, where installed
+    peers: tuple[str, ...] = tuple(peers.PEERS)  # which other libraries, where installed; --peers alone is none
     json: str | None = None  # file to write the figures to
 
 
@@ -80,20 +81,19 @@ class PlainMLP(nn.Module):
 
 def make_target(config: Config, name: str) -> Target:
     """The target that `config.targets` names."""
-    batch: tuple[int, ...]
+    key = jax.random.key(0)
     kinds: tuple[str, ...] = ("generate", "gradient", "step")
     if name == "wrn":
         layers: tuple[int, ...] = (config.image_depth, config.image_width)
         model: nn.Module = WideResNet(*layers)
-        batch = (config.image_batch, config.image_size, config.image_size, 3)
+        x = jax.random.normal(key, (config.image_batch, config.image_size, config.image_size, 3))
         title, kinds = f"Wide ResNet {layers[0]}-{layers[1]}", ("generate", "step")  # compilation takes the time
     else:
         layers = {"mlp3": config.layers, "80leaf": (config.width,) * (config.depth + 1)}.get(name, config.memory_layers)
-        model, batch = PlainMLP(layers[1:]), (config.batch, layers[0])
+        model, x = PlainMLP(layers[1:]), jax.random.normal(key, (config.batch, layers[0]))
         title = f"MLP {'-'.join(map(str, layers))}" if name != "80leaf" else f"MLP of {2 * config.depth} leaves"
-    x = jax.random.normal(jax.random.key(0), batch)
-    size = count(jax.eval_shape(model.init, jax.random.key(0), x)["params"])
-    y = jax.random.randint(jax.random.key(1), batch[:1], 0, 10 if name == "wrn" else layers[-1])
+    size = count(jax.eval_shape(model.init, key, x)["params"])
+    y = jax.random.randint(jax.random.key(1), x.shape[:1], 0, 10 if name == "wrn" else layers[-1])
     suffix = "" if name == "mlp3" else f"_{name}"
     return Target(title, suffix, model, layers, x, y, size, config.embedding, kinds)
 
@@ -136,23 +136,24 @@ def candidates(target: Target, config: Config) -> Iterator[tuple[str, Candidate 
         if target.images or name != "conv_tiles":
             small = target.head_mb * share <= config.max_head_mb
             yield name, ours(target, name) if small else f"{label} {too_large}"
-    for name, (label, _, share) in peers.PEERS.items() if config.peers else ():
+    for name in config.peers:
+        label, _, share = peers.PEERS[name]
         small = target.head_mb * share <= config.max_head_mb
         yield name, peers.build_peer(name, target) if small else f"{label} {too_large}"
 
 
 def products(target: Target) -> Callable[[], Any]:
-    """The products of `Linear` and nothing else: W z, and for a given gradient g of it, g W and the outer g z."""
+    """The products of `Linear` and nothing else: W z, and for a given gradient g of it, W^T g and the outer g z^T."""
     shapes = jax.tree.leaves(jax.eval_shape(target.model.init, jax.random.key(0), target.x)["params"])
-    weights = [jnp.full((leaf.size, target.embedding), 0.1) for leaf in shapes]
-    gradients = [jnp.full((leaf.size,), 0.1) for leaf in shapes]
+    weights = [jnp.full((*leaf.shape, target.embedding), 0.1) for leaf in shapes]
+    gradients = [jnp.full(leaf.shape, 0.1) for leaf in shapes]
 
-    def run(weights: list[jax.Array], gradients: list[jax.Array], z: jax.Array) -> Any:
-        pairs = list(zip(weights, gradients, strict=True))
-        return [w @ z for w in weights], [g @ w for w, g in pairs], [jnp.outer(g, z) for g in gradients]
+    def run(weights: list[jax.Array], z: jax.Array, gradients: list[jax.Array]) -> Any:
+        made, backward = jax.vjp(lambda weights, z: [matvec(w, z) for w in weights], weights, z)
+        return made, backward(gradients)
 
-    z = jnp.full((target.embedding,), 0.1)
-    return partial(compiled(run, weights, gradients, z), weights, gradients, z)
+    arguments = (weights, jnp.full((target.embedding,), 0.1), gradients)
+    return partial(compiled(run, *arguments), *arguments)
 
 
 def measure(target: Target, config: Config) -> Figures:
@@ -215,10 +216,10 @@ def measure_memory(config: Config) -> Figures:
     own = 4 * target.size
     print(f"\nmemory of a gradient through Chunked, {target.title}: {target.size:,} parameters, {own / 1e6:,.1f} MB")
     figures: Figures = {"bytes_target_25m": own}
+    rest = dict(hypernetwork(target, "chunked").init(jax.random.key(2), target.x))
+    arguments = (rest.pop("params"), rest, target.x, target.y)
     for key, remat in (("chunked_25m", False), ("chunked_25m_remat", True)):
         hyper = hypernetwork(target, "chunked", remat=remat)
-        rest = dict(hyper.init(jax.random.key(2), target.x))
-        arguments = (rest.pop("params"), rest, target.x, target.y)
         call = compiled(peers.gradient_of(loss_of(hyper)), *arguments)
         peak, resident = peers.account(call), peers.resident_peak(partial(call, *arguments))
         figures |= {f"peak_bytes_{key}": peak, f"ratio_peak_{key}_over_target": peak / own}
@@ -236,12 +237,14 @@ def measure_per_sample(config: Config) -> Figures:
     block = max(1, len(z) // 8)
     # Factors are for Linen targets only; the same target as a function goes through vmap.
     function = {"model": lambda params, x: target.model.apply({"params": params}, x), "params": own}
-    routes: list[tuple[str, str, dict[str, Any]]] = [(name, "factored", {}) for name in ("scale", "low_rank")]
-    routes += [(name, "vmap", function) for name in ("scale", "low_rank", "chunked")]
-    routes += [("chunked", f"vmap_in_blocks_of_{block}", {**function, "sample_block": block})]
+    routes: list[tuple[str, str, dict[str, Any]]] = [
+        *((name, "factored", {}) for name in ("scale", "low_rank")),
+        *((name, "vmap", function) for name in ("scale", "low_rank", "chunked")),
+        ("chunked", f"vmap_in_blocks_of_{block}", {**function, "sample_block": block}),
+    ]
     runs: peers.Runs = {}
     figures: Figures = {}
-    for name, route, options in routes:
+    for name, route, options in (found for found in routes if found[0] in config.generators):
         hyper = hypernetwork(target, name, **options)
         rest = dict(hyper.init(jax.random.key(2), target.x, z=z))
         arguments = (rest.pop("params"), rest, target.x, target.y)
@@ -264,13 +267,12 @@ def check(config: Config) -> None:
         numbers = value if isinstance(value, (tuple, list)) else (value,)
         if any(isinstance(number, int) and not isinstance(number, bool) and number < 1 for number in numbers):
             raise ValueError(f"--{name.replace('_', '-')} is {value}, expected whole numbers of at least 1")
-    for name, known in (("targets", TARGETS), ("generators", tuple(GENERATORS))):
+    for name, known in (("targets", TARGETS), ("generators", GENERATORS), ("peers", peers.PEERS)):
         unknown = [one for one in getattr(config, name) if one not in known]
         if unknown:
             raise ValueError(f"--{name} has {unknown[0]!r}, expected some of {', '.join(known)}")
-    for name, layers in (("layers", config.layers), ("memory-layers", config.memory_layers)):
-        if len(layers) < 2:
-            raise ValueError(f"--{name} is {layers}, expected at least two widths: of features and classes")
+    if min(len(config.layers), len(config.memory_layers)) < 2:
+        raise ValueError("--layers and --memory-layers need at least two widths each, of features and classes")
     if config.image_depth % 6 != 4 or config.image_depth < 10:
         raise ValueError(f"--image-depth is {config.image_depth}, expected 6 n + 4, as 10, 16 or 40")
     if config.json is not None:
@@ -286,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
         check(config)
     print(f"medians of {2 * config.repeats} runs in turn, on {jax.devices()[0].device_kind}, {os.cpu_count()} cores")
     figures: Figures = {}
-    parts = {"25m": measure_memory, "per_sample": measure_per_sample}
+    parts: dict[str, Callable[[Config], Figures]] = {"25m": measure_memory, "per_sample": measure_per_sample}
     for name in config.targets:
         figures |= parts[name](config) if name in parts else measure(make_target(config, name), config)
     if config.json is not None:

@@ -5,11 +5,11 @@ with Adam at 1e-3. "chunked" is its own way of sharing one small head among the 
 size. PyTorch's Adam is the fused one, the fastest on a CPU. No library is imported unless it is measured.
 """
 
-import dataclasses
 import math
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,13 +54,17 @@ class Target(NamedTuple):
         return self.x.ndim == 4
 
     @property
+    def chunks(self) -> int:
+        """Number of chunks of about sqrt(size) parameters."""
+        return -(-self.size // (math.isqrt(self.size - 1) + 1))
+
+    @property
     def head_mb(self) -> float:
         """Megabytes of a head with a weight for each pair of parameter and embedding feature."""
         return self.size * self.embedding * 4 / 1e6
 
 
-@dataclasses.dataclass
-class Candidate:
+class Candidate(NamedTuple):
     """What is timed: `runs` by kind, the number of weights that it learns, and what its compilation took."""
 
     label: str
@@ -101,7 +105,8 @@ def jax_candidate(target: Target, label: str, loss: Callable, variables: Any, ge
 
     rest = dict(variables)
     params = rest.pop("params")
-    weights, state, fixed = count(params), [(params, ADAM.init(params))], (rest, target.x, target.y)
+    weights, state = count(params), [(params, ADAM.init(params))]
+    fixed = (rest, target.x, target.y)
     start = time.perf_counter()
     compiled_step = compiled(step, state[0], *fixed, donate=(0,))
     seconds = time.perf_counter() - start
@@ -147,13 +152,13 @@ def resident_peak(run: Callable[[], Any]) -> float:
     return 1024.0 * (int(after.split("VmHWM:")[1].split()[0]) - int(before.split("VmRSS:")[1].split()[0]))
 
 
-def hypernn_flax(target: Target, label: str, chunks: int = 1) -> Candidate:
+def hypernn_flax(target: Target, label: str, chunked: bool = False) -> Candidate:
     """hyper-nn's Flax half; its embeddings belong to chunks, so one embedding is one chunk."""
     vars(jax).setdefault("tree_map", jax.tree.map)  # which JAX has removed
     from hypernn.jax import JaxLinearHyperNetwork
 
     hyper = JaxLinearHyperNetwork.from_target(
-        target.model, [target.x.shape], embedding_dim=target.embedding, num_embeddings=chunks
+        target.model, [target.x.shape], embedding_dim=target.embedding, num_embeddings=target.chunks if chunked else 1
     )
 
     def loss(variables: Any, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -165,26 +170,26 @@ def hypernn_flax(target: Target, label: str, chunks: int = 1) -> Candidate:
     return jax_candidate(target, label, loss, hyper.init(jax.random.key(0), target.x), generate)
 
 
-def hypernn_torch(target: Target, label: str, chunks: int = 1) -> Candidate:
+def hypernn_torch(target: Target, label: str, chunked: bool = False) -> Candidate:
     """hyper-nn's PyTorch half."""
     from hypernn.torch import TorchLinearHyperNetwork
 
     hyper = TorchLinearHyperNetwork.from_target(
-        torch_target(target), embedding_dim=target.embedding, num_embeddings=chunks
+        torch_target(target), embedding_dim=target.embedding, num_embeddings=target.chunks if chunked else 1
     )
     parameters = [parameter for parameter in hyper.parameters() if parameter.numel()]
     return torch_candidate(target, label, parameters, hyper, hyper.generate_params)
 
 
-def hypnettorch(target: Target, label: str, chunks: int = 1) -> Candidate:
+def hypnettorch(target: Target, label: str, chunked: bool = False) -> Candidate:
     """hypnettorch with its own target networks: HMLP, or ChunkedHMLP."""
     from hypnettorch.hnets.chunked_mlp_hnet import ChunkedHMLP
     from hypnettorch.hnets.mlp_hnet import HMLP
 
     network = hypnettorch_target(target, no_weights=True)
     same = {"cond_in_size": target.embedding, "layers": (), "num_cond_embs": 1, "verbose": False}
-    if chunks > 1:
-        size = -(-target.size // chunks)
+    if chunked:
+        size = -(-target.size // target.chunks)
         hyper = ChunkedHMLP(network.param_shapes, size, chunk_emb_size=target.embedding, **same)
     else:
         hyper = HMLP(network.param_shapes, **same)
@@ -260,25 +265,11 @@ def torch_candidate(target: Target, label: str, parameters: Any, forward: Callab
         gradient()
         optimizer.step()
 
-    def only_generate() -> None:
-        with torch.no_grad():
-            generate()
-
-    runs: Runs = {"step": step}
-    if "gradient" in target.kinds:
-        runs["gradient"] = gradient
+    runs: Runs = {"step": step, "gradient": gradient}
     if generate is not None:
-        runs["generate"] = only_generate
-    return Candidate(label, sum(parameter.numel() for parameter in parameters), runs)
-
-
-def chunked(build: Callable[..., Candidate]) -> Callable[..., Candidate]:
-    """The same library with chunks of about the square root of the target's parameters."""
-
-    def with_chunks(target: Target, label: str) -> Candidate:
-        return build(target, label, chunks=-(-target.size // (math.isqrt(target.size - 1) + 1)))
-
-    return with_chunks
+        runs["generate"] = torch.no_grad()(generate)
+    weights = sum(parameter.numel() for parameter in parameters)
+    return Candidate(label, weights, {kind: run for kind, run in runs.items() if kind in target.kinds})
 
 
 PEERS: dict[str, tuple[str, Callable[..., Candidate], float]] = {  # name -> label, how it is made, share of a full head
@@ -287,9 +278,9 @@ PEERS: dict[str, tuple[str, Callable[..., Candidate], float]] = {  # name -> lab
     "hypernn_flax": ("hyper-nn, Flax", hypernn_flax, 1.0),
     "hypernn_torch": ("hyper-nn, PyTorch", hypernn_torch, 1.0),
     "hyperlight": ("hyperlight", hyperlight, 1.0),
-    "hypnettorch_chunked": ("hypnettorch, chunked", chunked(hypnettorch), 0.0),
-    "hypernn_flax_chunked": ("hyper-nn, Flax, chunked", chunked(hypernn_flax), 0.0),
-    "hypernn_torch_chunked": ("hyper-nn, PyTorch, chunked", chunked(hypernn_torch), 0.0),
+    "hypnettorch_chunked": ("hypnettorch, chunked", partial(hypnettorch, chunked=True), 0.0),
+    "hypernn_flax_chunked": ("hyper-nn, Flax, chunked", partial(hypernn_flax, chunked=True), 0.0),
+    "hypernn_torch_chunked": ("hyper-nn, PyTorch, chunked", partial(hypernn_torch, chunked=True), 0.0),
 }
 
 

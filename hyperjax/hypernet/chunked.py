@@ -58,9 +58,10 @@ class Chunked(Generator):
         f = f + bias.reshape((1,) * (f.ndim - 1) + (F,))
         weights = self.param("head", nn.initializers.normal(1 / math.sqrt(F)), (c, F), jnp.float32)
 
-        def pieces(name: str, size: int) -> Array:
+        def pieces(name: str, size: int, gain: Array | None = None) -> Array:
             e_KF = self.param(f"chunks.{name}", unit_rows, (-(-size // c), F))
             f_KF = rms_norm(f[..., None, :] * e_KF.reshape((1,) * (f.ndim - 1) + e_KF.shape))
+            f_KF = f_KF if gain is None else gain * f_KF  # rather than the product, which is far larger
             made = jnp.tensordot(f_KF, weights, axes=(-1, -1))
             return made.reshape(*f.shape[:-1], -1)[..., :size]
 
@@ -68,34 +69,36 @@ class Chunked(Generator):
         small = [spec for spec in self.leaves if len(spec.shape) < 2 or spec.size < c]
         for spec in self.leaves:
             if spec not in small:
-                made[spec.path] = pieces(spec.name, spec.size)
+                gain, mean = self._scale(spec, native)
+                value = pieces(spec.name, spec.size, gain)
+                made[spec.path] = value.reshape(*f.shape[:-1], *spec.shape) + mean
         if small:
             ends = [sum(spec.size for spec in small[: i + 1]) for i in range(len(small))]
             parts = jnp.split(pieces("small", ends[-1]), ends[:-1], axis=-1)
-            made.update({spec.path: part for spec, part in zip(small, parts, strict=True)})
-        return {
-            spec.path: self._fit(spec, made[spec.path].reshape(*f.shape[:-1], *spec.shape), native)
-            for spec in self.leaves
-        }
+            for spec, part in zip(small, parts, strict=True):
+                gain, mean = self._scale(spec, native)
+                value = gain * part.reshape(*f.shape[:-1], *spec.shape)
+                made[spec.path] = value + mean.reshape((1,) * (value.ndim - mean.ndim) + mean.shape)
+        return made
 
-    def _fit(self, spec: ParamSpec, made: Array, native: Native) -> Array:
+    def _scale(self, spec: ParamSpec, native: Native) -> tuple[Array, Array]:
+        """What the head's values for a parameter are multiplied by, and what is added."""
+
         def spread(*_) -> Array:
             return jnp.zeros((), jnp.float32) if native is None else jnp.float32(self.spread(spec, native[spec.path]))
 
         def start(_) -> Array:
             return spread() if len(spec.shape) < 2 else jnp.zeros((), jnp.float32)
 
-        gain = self.param(f"{spec.name}.gain", start)
-        if len(spec.shape) < 2:
-            base = self.from_native(f"{spec.name}.base", spec, native)
-            return base.reshape((1,) * (made.ndim - base.ndim) + base.shape) + gain * made
-
-        def mean(_) -> Array:
+        def centre(_) -> Array:
             if native is None:
                 return jnp.zeros((), jnp.float32)
-            centre = jnp.mean(jnp.asarray(native[spec.path], jnp.float32))
-            return centre if self.spread is native_spread else jnp.where(spread() > 0, 0.0, centre)
+            value = jnp.mean(jnp.asarray(native[spec.path], jnp.float32))
+            return value if self.spread is native_spread else jnp.where(spread() > 0, 0.0, value)
 
+        gain = self.param(f"{spec.name}.gain", start)
+        if len(spec.shape) < 2:
+            return gain, self.from_native(f"{spec.name}.base", spec, native)
         # A matrix that starts constant (the scales of stacked layers, a kernel of zeros) has a gain that learns, too.
         fixed: Any = self.variable("frozen", f"{spec.name}.spread", spread).value
-        return self.param(f"{spec.name}.mean", mean) + jnp.where(fixed > 0, fixed, gain) * made
+        return jnp.where(fixed > 0, fixed, gain), self.param(f"{spec.name}.mean", centre)

@@ -19,7 +19,7 @@ Leaves = dict[str, Array]
 Native = Mapping[str, Array] | None
 
 
-class Generator(nn.Module):
+class Generator(nn.Module, kw_only=True):
     """Base of all generators.
 
     A subclass defines `__call__(z, task_id, native)`; `HyperNetwork.from_target` clones it with `leaves` and `tasks`

@@ -50,9 +50,12 @@ class NNXTarget(Target):
         for (name, value), (_, old) in zip(_counts(module), before, strict=True):
             if name not in seeds and value is not old:
                 raise ValueError(f"the target draws from the random stream {name!r}; pass rngs={{{name!r}: key}}")
-        for name, values in self._values(module).items():
-            if not call.mutable(name) and any(new is not old for new, old in zip(values, kept[name], strict=True)):
-                raise ValueError(f"the target changes {name!r}; pass mutable=[{name!r}], or give it in evaluation mode")
+        after = self._values(module)
+        moved = [name for name in kept if any(a is not b for a, b in zip(after[name], kept[name], strict=True))]
+        if any(not call.mutable(name) for name in moved):
+            raise ValueError(
+                f"the target changes its state; pass mutable={sorted(moved)}, or give it in evaluation mode"
+            )
         changed = [name for name in kept if call.mutable(name)]
         return out, {name: nnx.to_pure_dict(nnx.state(module, self.kinds[name])) for name in changed}
 
