@@ -38,7 +38,7 @@ class Generator(nn.Module, kw_only=True):
     needs_z: ClassVar[bool] = True  # whether it cannot do without an embedding
 
     def __call__(self, z: Array | None, task_id: Array | int | None = None, native: Native = None) -> Leaves:
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} defines no __call__(z, task_id, native)")
 
     def refuse(self) -> str | None:
         """Returns why it cannot make `leaves`, or None."""

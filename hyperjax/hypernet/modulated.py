@@ -63,7 +63,7 @@ class Modulated(Generator):
 
     def factors(self, z: Array, task_id=None, native=None) -> Factors:
         """Returns {path: factors of a kernel, or value of a vector [..., *shape]}."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} defines no factors(z, task_id, native)")
 
     def __call__(self, z, task_id=None, native=None):
         made = self.factors(z, task_id, native)

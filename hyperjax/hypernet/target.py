@@ -1,5 +1,6 @@
 """Targets: any network as a pure function of its parameters, its other state and its inputs."""
 
+import abc
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ class Call(NamedTuple):
         return in_filter(self.filter, collection)
 
 
-class Target:
+class Target(abc.ABC):
     """A network whose parameters come from outside.
 
     Attributes:
@@ -39,13 +40,13 @@ class Target:
     structure: Structure
     state: Mapping[str, Structure] = MappingProxyType({})
 
+    @abc.abstractmethod
     def init(self, key: Array, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, State]:
         """Returns parameters and state as the network itself would start them."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def apply(self, params: Any, state: State, call: Call) -> tuple[Any, State]:
         """Returns (outputs, the collections that changed)."""
-        raise NotImplementedError
 
     def variables(self, params: Any, state: State) -> Any:
         """Returns what the network by itself is applied with."""
