@@ -89,7 +89,8 @@ class HyperNetwork(nn.Module):
                 also by several targets, if they are of the same shapes.
             dtype: of generated parameters, as jnp.bfloat16; by default that of the target's own. Generators compute
                 in float32.
-            remat: generate again in the backward pass instead of keeping the generators' intermediates.
+            remat: generate again in the backward pass instead of keeping the generators' intermediates: for those with
+                deep or wide hidden layers. The parameters that the target itself keeps stay.
             sample_block: how many of a batch's own sets of weights may exist at once, where each sample has weights
                 of its own; by default as many as fit 1 GiB.
 
