@@ -17,7 +17,7 @@ from hyperjax.hypernet.continual import continual_scores
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "continual_digits.py"
 TINY = ["--num-tasks=3", "--embedding-dim=16", "--features=32", "--batch=16", "--learning-rate=0.01", "--log-every=7"]
-RUN = ["--tasks=permuted", *TINY, "--hidden", "16", "--steps-per-task=60", "--beta=0.05"]
+RUN = ["--tasks=permuted", *TINY, "--hidden", "16", "--steps-per-task=60", "--beta=0.05", "--seed=1"]
 
 
 def load_script():
