@@ -10,6 +10,42 @@ import numpy as np
 from hyperjax.data.images import Split, checked_split
 
 
+class EpochOrder:
+    """Which rows a step sees: an epoch holds each at most once, and leaves the last N mod B of its order out.
+
+    Args:
+        rows: number of rows N.
+        batch: batch size B.
+        seed: 0 or more; fixes the order of every epoch.
+        what: what the rows are called in errors.
+
+    Raises:
+        ValueError: B is below 1 or above N, or the seed is negative.
+    """
+
+    def __init__(self, rows: int, batch: int, seed: int = 0, what: str = "rows"):
+        for name, value, least in (("batch", batch, 1), ("seed", seed, 0)):
+            if value != int(value) or value < least:
+                raise ValueError(f"{name} is {value}, expected an integer of at least {least}")
+        if batch > rows:
+            raise ValueError(f"batch {batch} exceeds the {rows} {what} of the split; lower the batch")
+        self.rows, self.batch, self.seed = rows, int(batch), int(seed)
+        self.steps_per_epoch = rows // self.batch
+        self._epoch = (-1, np.empty(0, np.int64))
+
+    def rows_at(self, step: int) -> np.ndarray:
+        """Returns the numbers of the rows of a training step, [B], counted from 0; steps count over all epochs."""
+        step = int(step)
+        if step < 0:
+            raise ValueError(f"step is {step}, expected 0 or more")
+        epoch, within = divmod(step, self.steps_per_epoch)
+        cached, order = self._epoch
+        if cached != epoch:
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.rows)
+            self._epoch = (epoch, order)
+        return order[within * self.batch : (within + 1) * self.batch]
+
+
 class Batches:
     """Shuffled minibatches. An epoch holds each image at most once: the last N mod B of its order are left out.
 
@@ -35,14 +71,8 @@ class Batches:
         augment: Callable[[np.random.Generator, np.ndarray], np.ndarray] | None = None,
     ):
         self.images, self.labels = checked_split(images, labels, "batched")
-        for what, value, least in (("batch", batch, 1), ("seed", seed, 0)):
-            if value != int(value) or value < least:
-                raise ValueError(f"{what} is {value}, expected an integer of at least {least}")
-        if batch > len(self.labels):
-            raise ValueError(f"batch {batch} exceeds the {len(self.labels)} images of the split; lower the batch")
-        self.batch, self.seed, self.augment = int(batch), int(seed), augment
-        self.steps_per_epoch = len(self.labels) // self.batch
-        self._epoch = (-1, np.empty(0, np.int64))
+        self.order, self.augment = EpochOrder(len(self.labels), batch, seed, "images"), augment
+        self.batch, self.seed, self.steps_per_epoch = self.order.batch, self.order.seed, self.order.steps_per_epoch
 
     def batch_at(self, step: int) -> dict[str, np.ndarray]:
         """Returns the batch of a training step.
@@ -56,19 +86,11 @@ class Batches:
         Raises:
             ValueError: `step` is negative.
         """
-        step = int(step)
-        if step < 0:
-            raise ValueError(f"step is {step}, expected 0 or more")
-        epoch, within = divmod(step, self.steps_per_epoch)
-        cached, order = self._epoch
-        if cached != epoch:
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.labels))
-            self._epoch = (epoch, order)
-        index = order[within * self.batch : (within + 1) * self.batch]
+        index = self.order.rows_at(step)
         images = self.images[index]
         if self.augment is not None:
             # The third number keeps this generator apart from the one that orders epoch number `step`.
-            images = self.augment(np.random.default_rng((self.seed, step, 1)), images)
+            images = self.augment(np.random.default_rng((self.seed, int(step), 1)), images)
         return {"images": images, "labels": self.labels[index]}
 
 

@@ -6,6 +6,7 @@ from hyperjax.training.experiment import Workdir, bad_input, count, device, envi
 from hyperjax.training.loop import Interrupted, NonFinite, fit, seconds, stopping
 from hyperjax.training.metrics import JsonLines, plot_curves, read_lines, write_json
 from hyperjax.training.state import TrainState, make_step, schedule
+from hyperjax.training.trials import Trials, apply_in_blocks, make_trials
 
 __all__ = [
     "Checkpoints",
@@ -14,7 +15,9 @@ __all__ = [
     "JsonLines",
     "NonFinite",
     "TrainState",
+    "Trials",
     "Workdir",
+    "apply_in_blocks",
     "bad_input",
     "count",
     "device",
@@ -22,6 +25,7 @@ __all__ = [
     "fit",
     "make_evaluate",
     "make_step",
+    "make_trials",
     "parse",
     "plot_curves",
     "print_summary",

@@ -1,0 +1,117 @@
+"""What a network costs, in parameters and in floating-point operations, and the width that meets a budget.
+
+Nothing here computes or compiles: shapes are enough. Inputs may be arrays or `jax.ShapeDtypeStruct`s.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.extend import core
+from jax.interpreters import partial_eval
+
+from hyperjax import paramtree
+
+OPAQUE = ("while", "pallas_call", "shard_map")  # how often these run what they hold is not to be read off
+
+
+def count_parameters(model: nn.Module, x: Any) -> int:
+    """The number of a network's parameters, those of the collection "params".
+
+    Args:
+        model: called as `model.init(key, x)`.
+        x: its input, of which only shape and dtype count.
+    """
+    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), x)
+    return paramtree.count(variables.get("params", {}))
+
+
+def flops(fn: Callable[..., Any], *args: Any) -> int:
+    """The floating-point operations of a function's matrix products and convolutions, two for each multiply-add.
+
+    It counts what is written: a `scan` by its length, where XLA's own analysis counts one step; the dearest branch of a
+    `cond`; no elementwise operation; and in a convolution also the products with padding. What no output depends on
+    is left out, as the compiler leaves it out. Count a training step by the function that makes its gradient.
+
+    Args:
+        fn: such as `model.apply`, under `jit` or not.
+        args: its arguments: pytrees of arrays.
+
+    Raises:
+        ValueError: products stand in a `while_loop`, whose steps are not known, or in a Pallas kernel or `shard_map`.
+    """
+    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+    return _count(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+
+
+def fit_width(
+    make: Callable[[int], nn.Module], budget: int, x: Any, low: int = 1, high: int = 4096, tolerance: float = 0.1
+) -> nn.Module:
+    """Finds by bisection the network whose number of parameters comes closest to a budget; of two, the smaller.
+
+    Args:
+        make: width -> network; the number of parameters must increase with the width.
+        budget: number of parameters.
+        x: the network's input, as in `count_parameters`.
+        low: least width.
+        high: greatest width.
+        tolerance: greatest distance from the budget, as a share of it.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: `low` to `high` holds no width, or the closest network is further from the budget than that.
+    """
+    if not 1 <= low <= high:
+        raise ValueError(f"the widths are {low} to {high}, expected 1 <= low <= high")
+    count = functools.cache(lambda width: count_parameters(make(width), x))
+    below, above = low, high
+    if count(high) <= budget:
+        below = high
+    elif count(low) >= budget:
+        above = low
+    while above - below > 1:
+        middle = (below + above) // 2
+        below, above = (middle, above) if count(middle) <= budget else (below, middle)
+    best = min(sorted({below, above}), key=lambda width: abs(count(width) - budget))
+    if abs(count(best) - budget) > tolerance * budget:
+        nearest = " and ".join(f"{count(width):,} at width {width}" for width in sorted({below, above}))
+        raise ValueError(
+            f"the budget is {budget:,} parameters, but widths {low} to {high} come no closer than {nearest}, expected "
+            f"within {tolerance:.0%}; change the budget, the other sizes of the network, or tolerance"
+        )
+    return make(best)
+
+
+def _count(jaxpr: core.Jaxpr) -> int:
+    return sum(_count_equation(equation) for equation in jaxpr.eqns)
+
+
+def _count_equation(equation: core.JaxprEqn) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name in ("dot_general", "conv_general_dilated"):
+        shapes: list[Any] = [var.aval for var in (*equation.invars, *equation.outvars)]
+        left, right, out = (aval.shape for aval in shapes)
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            terms = math.prod(left[axis] for axis in contracted)
+        else:
+            terms = math.prod(right) // right[params["dimension_numbers"].rhs_spec[0]]
+        return 2 * terms * math.prod(out)
+    inner = [_count(getattr(sub, "jaxpr", sub)) for sub in _subs(params)]
+    if name in OPAQUE and any(inner):
+        raise ValueError(f"a {name} holds matrix products: how often it runs them is not known; use scan, or count one")
+    if name == "cond":
+        return max(inner)
+    return sum(inner) * (params["length"] if name == "scan" else 1)
+
+
+def _subs(params: dict[str, Any]) -> list[Any]:
+    leaves = jax.tree.leaves(
+        list(params.values()), is_leaf=lambda leaf: isinstance(leaf, (core.Jaxpr, core.ClosedJaxpr))
+    )
+    return [leaf for leaf in leaves if isinstance(leaf, (core.Jaxpr, core.ClosedJaxpr))]
