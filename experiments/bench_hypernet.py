@@ -24,13 +24,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_hypernet_peers import Candidate, Target, compiled, cross_entropy, in_turn
+from bench_hypernet_peers import Candidate, Target, cross_entropy
 
 from hyperjax import hypernet as hn
 from hyperjax import training
 from hyperjax.hypernet.generators import matvec
 from hyperjax.hypernet.image_models import WideResNet
 from hyperjax.paramtree import count
+from hyperjax.training.timing import compiled, in_turn
 
 Figures = dict[str, float]
 TARGETS = ("mlp3", "80leaf", "wrn", "25m", "per_sample")
@@ -195,11 +196,8 @@ def verdicts(figures: Figures, end: str, found: dict[str, Candidate]) -> Figures
         names = ("linear_gradient", "plain_gradient", "linear_products")
         own, plain, bare = (1e3 * figures[f"seconds_{name}{end}"] for name in names)
         new[f"ratio_linear_gradient_over_allowed{end}"] = ratio = own / (1.5 * plain + bare)
-        print(
-            f"  gradient through Linear {own:.1f} ms, 1.5 x plain {plain:.1f} + its products alone {bare:.1f} ms: ",
-            end="",
-        )
-        print(f"{ratio:.2f} of what is allowed")
+        allowed = f"1.5 x plain {plain:.1f} + its products alone {bare:.1f} ms"
+        print(f"  gradient through Linear {own:.1f} ms, {allowed}: {ratio:.2f} of what is allowed")
     pairs = [("hypnettorch", "linear")] if {"hypnettorch", "linear"} <= found.keys() else []
     if "chunked" in found:
         pairs += [(name, "chunked") for name in peers.PEERS if name in found and name != "torch"]

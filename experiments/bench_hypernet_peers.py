@@ -19,6 +19,7 @@ import numpy as np
 import optax
 
 from hyperjax.paramtree import count
+from hyperjax.training.timing import compiled
 
 ADAM = optax.adam(1e-3)
 Runs = dict[str, Callable[[], Any]]  # "generate", "gradient", "step" -> what to time
@@ -73,10 +74,6 @@ class Candidate(NamedTuple):
     compile_seconds: float | None = None
 
 
-def compiled(function: Callable, *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
-    return jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
-
-
 def cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
@@ -118,19 +115,6 @@ def jax_candidate(target: Target, label: str, loss: Callable, variables: Any, ge
         generated = compiled(generate, variables)
         runs["generate"] = lambda: generated({**rest, "params": state[0][0]})
     return Candidate(label, weights, runs, seconds)
-
-
-def in_turn(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run, in rounds: one untimed run, which warms up the caches, and two timed ones."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            jax.block_until_ready(run())
-            for _ in range(2):
-                start = time.perf_counter()
-                jax.block_until_ready(run())
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def account(call: Any) -> int:

@@ -1,12 +1,12 @@
 """Sub-network routing: multi-task networks that learn which of their parts each task shares, and its baselines.
 
-    tasks = {"income": Binary(), "job": MultiClass(20)}
-    model = SNR(levels=((64,) * 4, (64,) * 4), tasks=tasks)
-    variables = model.init(key, x)
-    outputs, info = model.apply(variables, x, key)  # training: gates are sampled with the key
-    loss = sum(task_losses(tasks, outputs, labels).values()) + 1e-3 * info["l0"]
-    outputs, info = model.apply(variables, x)  # evaluation: gates are deterministic
-    small = compact(model, variables)  # what is left to serve: small.model.apply(small.variables, x)
+tasks = {"income": Binary(), "job": MultiClass(20)}
+model = SNR(levels=((64,) * 4, (64,) * 4), tasks=tasks)
+variables = model.init(key, x)
+outputs, info = model.apply(variables, x, key)  # training: gates are sampled with the key
+loss = sum(task_losses(tasks, outputs, labels).values()) + 1e-3 * info["l0"]
+outputs, info = model.apply(variables, x)  # evaluation: gates are deterministic
+small = compact(model, variables)  # what is left to serve: small.model.apply(small.variables, x)
 """
 
 from hyperjax.routing.baselines import PLE, CrossStitch, MMoE, MultiLevelMMoE, SharedBottom, SingleTask

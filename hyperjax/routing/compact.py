@@ -18,7 +18,7 @@ from hyperjax.routing.tasks import Task
 from hyperjax.routing.towers import tower_widths
 
 Array = jax.Array
-# Readers; the sources that all of them read; whether they get constants too, from sub-networks that were cut out.
+# Readers; the sources that all of them read; whether they get constants too, which cannot go into shared biases.
 Group = tuple[tuple[int, ...], tuple[int, ...], bool]
 LOST = "train with a smaller weight of the L0 penalty, or a larger target"
 
@@ -71,7 +71,7 @@ class CompactSNR(nn.Module):
             answers[name] = tower(v_t, self.tasks[name], self.towers[name], self.connection, f"tower_{name}")
         return answers, {}
 
-    def _shared(self, number: int) -> bool:
+    def shared(self, number: int) -> bool:
         """Whether several tasks read the connections of a level, each through its own gates."""
         return len(self.reads[0]) > 1 and number < len(self.levels)
 
@@ -96,7 +96,7 @@ class CompactSNR(nn.Module):
         blocks: dict[tuple[int, int], Array] = {}
         draw = nn.initializers.lecun_normal()
         biases: dict[int, Array] = {}
-        if self._shared(number):  # tasks share the W_ij and b_i, each with its own gates
+        if self.shared(number):  # tasks share the W_ij and b_i, each with its own gates
             for i in sorted({i for groups in level for group in groups for i in group[0]}):
                 biases[i] = self.param(f"level_{number}_bias_{i}", nn.initializers.zeros, (inputs[i],))
             for i, j in sorted({(i, j) for groups in level for group in groups for i in group[0] for j in group[1]}):
@@ -145,7 +145,8 @@ class Compacted(NamedTuple):
         variables: its variables: what is left of the old ones, copied.
         connections: number of gated connections before and after; with gates per task, of all tasks.
         subnetworks: number of sub-networks before and after; with gates per task one counts while any task uses it.
-        params: number of weights before and after; gates count where they cannot be multiplied into the weights.
+        params: number of weights before and after; gates count where they cannot be multiplied into the weights. With
+            gates per task, weights that another task still needs stay, and so a constant may cost more than it saves.
     """
 
     model: CompactSNR
@@ -177,7 +178,11 @@ def compact(model: SNR, variables: Mapping[str, Any]) -> Compacted:
         raise ValueError(
             f"task {paths.lost[0]!r} has lost its last path to the input, so its answer is one for all samples; {LOST}"
         )
-    reads = tuple(tuple(map(_groups, *level)) for level in zip(paths.reads, paths.shifts, strict=True))
+    shared = [model.per == "task"] * (len(model.levels) - 1) + [False]
+    reads = tuple(
+        tuple(_groups(stream, shifts if apart else {}) for stream, shifts in zip(*level, strict=True))
+        for apart, *level in zip(shared, paths.reads, paths.shifts, strict=True)
+    )
     small = CompactSNR(
         paths.first,
         reads,
@@ -222,7 +227,7 @@ def _groups(stream: Mapping[int, tuple[int, ...]], shifts: Mapping[int, np.ndarr
     for reader, sources in stream.items():
         together.setdefault(sources, []).append(reader)
     return tuple(
-        (tuple(readers), sources, any(bool(np.any(shifts[i])) for i in readers))
+        (tuple(readers), sources, any(bool(np.any(shifts.get(i, 0))) for i in readers))
         for sources, readers in together.items()
     )
 
@@ -253,10 +258,13 @@ def _params(model: SNR, small: CompactSNR, paths: Pathways, old: Mapping[str, An
                     if shifted:
                         width = levels[number - 1][0][-1]
                         new[f"{group}_shift"] = np.stack([np.broadcast_to(one, (1, width)) for one in shifts])
+                    elif not small.shared(number):
+                        for i, one in zip(readers, shifts, strict=True):
+                            _absorb(new, small, number, i, one)
                     continue
                 b = {i: old[name]["bias"][columns[i]] for i in readers}
                 w = {(i, j): old[name]["kernel"][rows[j], columns[i]] for i in readers for j in sources}
-                if len(level) > 1:
+                if small.shared(number):
                     new[f"{group}_gates"] = gates
                     new |= {f"level_{number}_bias_{i}": b_i for i, b_i in b.items()}
                     new |= {f"level_{number}_block_{i}_{j}": w_ij for (i, j), w_ij in w.items()}
@@ -267,3 +275,17 @@ def _params(model: SNR, small: CompactSNR, paths: Pathways, old: Mapping[str, An
                     new[f"{group}_kernel"] = np.block([[z_ij[i, j] * w[i, j] for i in readers] for j in sources])
                     new[f"{group}_bias"] = np.concatenate([b[i] + one for i, one in zip(readers, shifts, strict=True)])
     return new
+
+
+def _absorb(new: dict[str, Any], small: CompactSNR, number: int, i: int, shift: np.ndarray) -> None:
+    """Moves a constant that the reader i of "aver" gets into the biases of its first layer."""
+    if not np.any(shift):
+        return
+    if number < len(small.levels):
+        name, holder = f"level_{number}_sub_{i}_layer_0", new
+    else:
+        task = list(small.towers)[i]
+        name, holder = "layer_0" if small.towers[task] else "output", dict(new[f"tower_{task}"])
+        new[f"tower_{task}"] = holder
+    dense = holder[name]
+    holder[name] = {"kernel": dense["kernel"], "bias": dense["bias"] + shift @ dense["kernel"]}

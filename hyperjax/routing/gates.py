@@ -118,7 +118,8 @@ class Connection(nn.Module):
 
     def _log_alpha(self, x: Array) -> Array:
         assert self.gates is not None
-        shape, start = (len(self.readers), len(self.sources)), self.gates.start()
+        shape: tuple[int, ...] = (len(self.readers), len(self.sources))
+        start = self.gates.start()
         if self.per == "sample":
             h = x
             for i, width in enumerate(self.router):
@@ -152,14 +153,12 @@ class Connection(nn.Module):
     def _aver(self, u: Array, z: Array | None) -> list[Array]:
         apart = u.reshape(*u.shape[:-1], len(self.sources), self.sources[0])
         if z is None:
-            v = [apart.sum(-2)] * len(self.readers)
-            return [v[t][t] for t in range(len(v))] if self.to_towers and u.ndim == 3 else v
+            return [apart.sum(-2)] * len(self.readers)
         if self.to_towers and u.ndim == 3:
             return [jnp.einsum("j,bjd->bd", z[t], apart[t]) for t in range(self.tasks)]
         gates, samples = {2: ("ij", ""), 3: ("bij", "") if self.per == "sample" else ("tij", "t")}[z.ndim]
         streams = "t" if u.ndim == 3 else ""
-        v = jnp.einsum(f"{gates},{streams}bjd->i{samples or streams}bd", z, apart)
-        return list(v)
+        return list(jnp.einsum(f"{gates},{streams}bjd->i{samples or streams}bd", z, apart))
 
 
 def spans(widths: Sequence[int]) -> list[slice]:

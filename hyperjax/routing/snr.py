@@ -5,7 +5,6 @@ B samples, I readers and J sources of a connection, T tasks.
 
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from typing import Any
 
 import flax.linen as nn
@@ -72,7 +71,8 @@ class SNR(nn.Module):
 
         Returns:
             Logits by task, and a dict of
-            `gates`: z by level ("level_1", ..., "towers"), each [I, J], [T, I, J] per task or [B, I, J] per sample;
+            `gates`: z by level ("level_1", ..., "towers"), each [I, J], [T, I, J] per task or [B, I, J] per sample,
+                tasks sorted by name;
             `log_alpha`: likewise;
             `features`: outputs of the sub-networks by level, side by side, [B, widths] or [T, B, widths];
             `l0`: the expected number of open gates, sum of P(z != 0), to be weighted by lambda and added to the loss;
@@ -165,7 +165,9 @@ def tower(v: Array, task: Task, hidden: Sequence[int], kind: str, name: str) -> 
 
 def normalise(levels: Sequence[Sequence[int | Sequence[int]]]) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """The widths of the layers of every sub-network of every level."""
-    return tuple(tuple((sub,) if isinstance(sub, Integral) else tuple(sub) for sub in level) for level in levels)
+    return tuple(
+        tuple((sub,) if isinstance(sub, (int, np.integer)) else tuple(sub) for sub in level) for level in levels
+    )
 
 
 def reader_widths(model: SNR) -> dict[str, list[int]]:
@@ -254,7 +256,7 @@ def check(model: SNR) -> None:
             f"levels are {given!r}, expected one or more, each a sequence of sub-networks, as in ((64, 64), (64,))"
         )
     for number, level in enumerate(given):
-        if not all(are_widths([sub] if isinstance(sub, Integral) else sub) and sub for sub in level):
+        if not all(are_widths([sub] if isinstance(sub, (int, np.integer)) else sub) and sub for sub in level):
             raise ValueError(
                 f"level {number} has widths {level!r}, expected for each sub-network a whole number above 0, or several"
             )

@@ -149,6 +149,10 @@ class Regression(Task):
 
     def scores(self, logits, labels):
         labels = np.asarray(labels, np.float64)
+        if not np.all(np.ptp(labels, 0)):
+            raise ValueError(
+                f"all {len(labels)} labels of a target are equal: no R2 without some that differ; give a larger split"
+            )
         errors = np.square(logits - labels).mean(0)
         return {"mse": float(errors.mean()), "r2": float(np.mean(1 - errors / labels.var(0)))}
 
@@ -223,9 +227,9 @@ def task_scores(tasks: Mapping[str, Task], outputs: Mapping[str, Any], labels: M
     """Scores of a split by "TASK_SCORE", as in "income_auc"; arguments as of `task_losses`, over the whole split.
 
     Raises:
-        ValueError: a task has no AUC, because all its labels are equal.
+        ValueError: a task has no AUC or R2, because all its labels are equal.
     """
-    scores = {}
+    scores: dict[str, float] = {}
     for name, task in tasks.items():
         try:
             found = task.scores(np.asarray(outputs[name], np.float32), np.asarray(labels[name]))

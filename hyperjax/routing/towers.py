@@ -4,12 +4,12 @@ B samples, E experts.
 """
 
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hyperjax.routing.tasks import Task
 
@@ -19,7 +19,7 @@ Widths = Sequence[int] | Mapping[str, Sequence[int]]
 
 def are_widths(value: Any) -> bool:
     """Whether this is a sequence of whole numbers above 0; it may be empty."""
-    return isinstance(value, Sequence) and all(isinstance(width, Integral) and width >= 1 for width in value)
+    return isinstance(value, Sequence) and all(isinstance(width, (int, np.integer)) and width >= 1 for width in value)
 
 
 def tower_widths(towers: Widths, tasks: Mapping[str, Task]) -> dict[str, tuple[int, ...]]:
@@ -30,7 +30,8 @@ def tower_widths(towers: Widths, tasks: Mapping[str, Task]) -> dict[str, tuple[i
         tasks: kinds by name.
 
     Returns:
-        Hidden widths by task, in the order of `tasks`.
+        Hidden widths by task, sorted by name: the order in which networks here number their tasks. Flax sorts dicts
+        under its transforms (`nn.remat`), so that any other order would not last.
 
     Raises:
         ValueError: there is no task, one is of no kind, a task has no tower, a tower no task, or a width is no whole
@@ -52,9 +53,9 @@ def tower_widths(towers: Widths, tasks: Mapping[str, Task]) -> dict[str, tuple[i
     for name, widths in towers.items():
         if not are_widths(widths):
             raise ValueError(
-                f"the tower of {name!r} has widths {widths!r}, expected a sequence of whole numbers above 0, as in (16,)"
+                f"the tower of {name!r} has widths {widths!r}, expected a sequence of whole numbers above 0: (16,)"
             )
-    return {name: tuple(towers[name]) for name in tasks}
+    return {name: tuple(towers[name]) for name in sorted(tasks, key=str)}
 
 
 class Tower(nn.Module):

@@ -33,7 +33,7 @@ class JsonLines:
         self._file = self.path.open("ab")
         self._file.truncate(keep if step else 0)
 
-    def write(self, step: int, **values: float) -> None:
+    def write(self, step: int, **values: float | str) -> None:
         """Appends a line; NaN and infinity are refused with a ValueError."""
         self._file.write((json.dumps({"step": step, **values}, allow_nan=False) + "\n").encode())
         self._file.flush()

@@ -32,7 +32,7 @@ class Trials(NamedTuple):
 
 
 def make_trials(
-    init: Callable[[Array], Any],
+    init: Callable[[Array, Hyper], Any],
     loss_fn: Callable[[Any, Hyper, Any, Array, Array], tuple[Array, dict[str, Array]]],
     optimizer: Callable[[Hyper], optax.GradientTransformation],
     batch: int,
@@ -45,9 +45,9 @@ def make_trials(
     run does depends on its seed and hyperparameters, not on its neighbours.
 
     Args:
-        init: key -> parameters.
+        init: (key, hyper of one run, whose values are tracers) -> parameters.
         loss_fn: (params, hyper of one run, batch, key, step) -> (scalar loss, dict of scalar metrics).
-        optimizer: hyper of one run, whose values are tracers -> an optax transformation.
+        optimizer: hyper of one run -> an optax transformation.
         batch: rows in a batch, B.
         own_rows: whether each run has rows of its own, [R, N, ...], in place of [N, ...] for all.
 
@@ -61,7 +61,7 @@ def make_trials(
         raise ValueError(f"batch is {batch}, expected 1 or more rows")
 
     def start_one(seed: Array, hyper: Hyper) -> TrainState:
-        params = init(jax.random.fold_in(jax.random.key(seed), 0))
+        params = init(jax.random.fold_in(jax.random.key(seed), 0), hyper)
         return TrainState.create(params, optimizer(hyper))
 
     def step_one(state: TrainState, hyper: Hyper, seed: Array, rows: Any) -> tuple[TrainState, dict[str, Array]]:

@@ -1,0 +1,80 @@
+"""What the scripts on sub-network routing share: data and networks by name, sizes to a budget, loss and optimizer."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hyperjax import routing, training
+from hyperjax.data import TaskData, digit_tasks, load_census, multi_mnist, synthetic_regression
+
+DATA = ("synthetic", "digits", "census", "multimnist")
+Tasks = Mapping[str, routing.Task]
+# Networks of two levels, all of one width, of `parts` sub-networks or experts where they have such.
+MODELS: dict[str, Callable[[Tasks, int, int, tuple[int, ...]], nn.Module]] = {
+    "snr_trans": lambda tasks, n, w, towers: routing.SNR(((w,) * n, (w,) * n), tasks, towers, "trans"),
+    "snr_aver": lambda tasks, n, w, towers: routing.SNR(((w,) * n, (w,) * n), tasks, towers, "aver"),
+    "ungated": lambda tasks, n, w, towers: routing.SNR(((w,) * n, (w,) * n), tasks, towers, gates=None),
+    "single_task": lambda tasks, n, w, towers: routing.SingleTask((w, w), tasks=tasks, towers=towers),
+    "shared_bottom": lambda tasks, n, w, towers: routing.SharedBottom((w, w), tasks=tasks, towers=towers),
+    "cross_stitch": lambda tasks, n, w, towers: routing.CrossStitch((w, w), tasks=tasks, towers=towers),
+    "mmoe": lambda tasks, n, w, towers: routing.MMoE(n, (w, w), tasks=tasks, towers=towers),
+    "ml_mmoe": lambda tasks, n, w, towers: routing.MultiLevelMMoE(((n, w), (n, w)), tasks=tasks, towers=towers),
+    "ple": lambda tasks, n, w, towers: routing.PLE(
+        ((max(1, n - len(tasks)), 1, w), (max(1, n - len(tasks)), 1, w)), tasks=tasks, towers=towers
+    ),
+}
+
+
+def load(name: str, data_file: str | None, *, group: str, correlation: float, seed: int) -> TaskData:
+    """Loads data by name; `group` is for census, `correlation` for synthetic, `seed` for both and multimnist."""
+    if name == "synthetic":
+        if data_file is not None:
+            raise ValueError(f"--data-file is {data_file}, but synthetic data is made, not read; leave it out")
+        return synthetic_regression(correlation, rows=(10_000, 2_000, 10_000), seed=seed)
+    if name == "digits":
+        if data_file is not None:
+            raise ValueError(f"--data-file is {data_file}, but digits come with scikit-learn; leave it out")
+        return digit_tasks()
+    if name == "census":
+        if data_file is None:
+            raise ValueError("--data census needs --data-file with census-income.data or census-income.test of UCI")
+        return load_census(data_file, group=group, seed=seed)
+    if name == "multimnist":
+        return multi_mnist(data_file, seed=seed)
+    raise ValueError(f"--data is {name!r}, expected one of {', '.join(DATA)}")
+
+
+def make_optimizer(learning_rate: Any, gate_rate: Any, steps: int, multiplier_rate: Any = 0.2) -> Any:
+    """Adam for the network; faster for the gates; ascent for multipliers. The first two end in half a cosine."""
+
+    def label(path, _):
+        names = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+        return "multipliers" if names.startswith("multipliers") else "gates" if "log_alpha" in names else "network"
+
+    return optax.partition(
+        {
+            "network": optax.adam(training.schedule(learning_rate, steps, 0.5)),
+            "gates": optax.adam(training.schedule(gate_rate, steps, 0.5)),
+            "multipliers": routing.ascend(optax.sgd(multiplier_rate)),
+        },
+        lambda params: jax.tree_util.tree_map_with_path(label, params),
+    )
+
+
+def target_at(step: Any, target: Any, steps: int) -> Any:
+    """The share to steer to: from everything, linearly over the first 40 % of the run, to `target`."""
+    return 1 - (1 - target) * jnp.minimum(1.0, step / (0.4 * steps))
+
+
+def quality(scores: Mapping[str, float], tasks: Tasks) -> float:
+    """The mean over tasks of the score that is better when higher: AUC, accuracy or R²."""
+    best = [
+        next(scores[f"{name}_{score}"] for score in ("auc", "accuracy", "r2") if f"{name}_{score}" in scores)
+        for name in tasks
+    ]
+    return float(np.mean(best))
