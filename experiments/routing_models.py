@@ -13,6 +13,7 @@ from hyperjax import routing, training
 from hyperjax.data import TaskData, digit_tasks, load_census, multi_mnist, synthetic_regression
 
 DATA = ("synthetic", "digits", "census", "multimnist")
+WEIGHTINGS = ("fixed", "uncertainty", "gradnorm", "dynamic_average")
 Tasks = Mapping[str, routing.Task]
 # Networks of two levels, all of one width, of `parts` sub-networks or experts where they have such.
 MODELS: dict[str, Callable[[Tasks, int, int, tuple[int, ...]], nn.Module]] = {
@@ -78,3 +79,65 @@ def quality(scores: Mapping[str, float], tasks: Tasks) -> float:
         for name in tasks
     ]
     return float(np.mean(best))
+
+
+class Weighting:
+    """How the tasks' losses become one: a way of `hyperjax.routing`, with the numbers that it learns or remembers.
+
+    Args:
+        kind: one of `WEIGHTINGS`.
+        tasks: kinds by name.
+        epoch: updates over which `dynamic_average` averages the losses.
+    """
+
+    def __init__(self, kind: str, tasks: Tasks, epoch: int):
+        self.kind, self.tasks, self.epoch = kind, dict(sorted(tasks.items())), epoch
+
+    def params(self) -> dict[str, Any]:
+        """What is trained along with the network."""
+        if self.kind == "uncertainty":
+            return {"weighting": {name: jnp.zeros(()) for name in self.tasks}}
+        return {"weighting": jnp.zeros(len(self.tasks))} if self.kind == "gradnorm" else {}
+
+    def carry(self) -> dict[str, Any]:
+        """What goes from step to step: losses, in the order of the tasks' names."""
+        ones = jnp.ones(len(self.tasks))
+        if self.kind == "gradnorm":
+            return {"initial": ones}
+        return {"recent": ones, "earlier": ones, "sum": 0 * ones} if self.kind == "dynamic_average" else {}
+
+    def total(self, params: Any, carry: dict[str, Any], losses: Mapping[str, Any], losses_of: Callable) -> Any:
+        """Returns the loss to minimise and the new carry.
+
+        Args:
+            params: the parameters, `network` among them.
+            carry: holds `step`, the number of updates so far, beside the weighting's own.
+            losses: by task.
+            losses_of: network -> losses by task, for the norms of their gradients.
+        """
+        if self.kind == "fixed":
+            return routing.fixed(losses, dict.fromkeys(losses, 1.0)), carry
+        if self.kind == "uncertainty":
+            return routing.uncertainty(losses, params["weighting"], self.tasks), carry
+        vector = jnp.stack([losses[name] for name in self.tasks])
+        now = jax.lax.stop_gradient(vector)
+        if self.kind == "gradnorm":
+            initial = jnp.where(carry["step"] == 0, now, carry["initial"])
+            shared = {name: leaves for name, leaves in params["network"].items() if not name.startswith("tower")}
+
+            def shared_losses(some):
+                found = losses_of({**params["network"], **some})
+                return jnp.stack([found[name] for name in self.tasks])
+
+            norms = routing.task_gradient_norms(shared_losses, shared)
+            weights, balance = routing.gradnorm(params["weighting"], norms, vector, initial, 1.5)
+            return weights @ vector + balance, {**carry, "initial": initial}
+        ends = (carry["step"] + 1) % self.epoch == 0
+        summed = carry["sum"] + now
+        weights = routing.dynamic_average(carry["recent"], carry["earlier"])
+        # Before two epochs are over there is no ratio: both averages are then the same.
+        first = carry["step"] < self.epoch
+        recent = jnp.where(ends, summed / self.epoch, carry["recent"])
+        earlier = jnp.where(ends, jnp.where(first, recent, carry["recent"]), carry["earlier"])
+        new = {"recent": recent, "earlier": earlier, "sum": jnp.where(ends, 0.0, summed)}
+        return weights @ vector, {**carry, **new}

@@ -7,7 +7,8 @@ and called `outputs, info = model.apply(variables, x, key=None)`. No baseline sa
 `gates`, probabilities by the level that reads through them ("level_1", ..., "towers"), [B, E] by task where tasks do,
 and `mixtures`, what each tower reads, [B, W] by task.
 
-B samples, d features, T tasks, E experts, G gates, W width of an expert's output.
+B samples, d features, T tasks (numbered by name, as `tower_widths` says), E experts, G gates, W width of an expert's
+output.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,7 +46,7 @@ class _Network(nn.Module, kw_only=True):
             raise ValueError(f"x has shape {jnp.shape(x)}, expected [B, features]; flatten each sample")
         mixed, info = self.body(x)
         mixtures, widths = self.by_task(mixed), tower_widths(self.towers, self.tasks)
-        outputs = {t: Tower(task, widths[t], name=f"tower_{t}")(mixtures[t]) for t, task in self.tasks.items()}
+        outputs = {t: Tower(self.tasks[t], widths[t], name=f"tower_{t}")(mixtures[t]) for t in widths}
         return outputs, {**info, "mixtures": mixtures}
 
     def reader(self: Any, level: int) -> str:
@@ -53,8 +54,8 @@ class _Network(nn.Module, kw_only=True):
         return "towers" if level == len(self.levels) - 1 else f"level_{level + 1}"
 
     def by_task(self, values: Any) -> dict[str, Any]:
-        """Names values, one for each task."""
-        return dict(zip(self.tasks, values, strict=True))
+        """Names values, one for each task, in the order that networks here number tasks in: sorted by name."""
+        return dict(zip(tower_widths(self.towers, self.tasks), values, strict=True))
 
 
 class SingleTask(_Network):

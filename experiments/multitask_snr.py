@@ -1,0 +1,309 @@
+"""Several tasks at once: sub-network routing (SNR), or one of its baselines, and what is left of it to serve.
+
+    python experiments/multitask_snr.py --preset quick                       # synthetic regression, a minute on a CPU
+    python experiments/multitask_snr.py --preset quick --data digits --target 0.5
+    python experiments/multitask_snr.py --preset cpu --data census --data-file census-income.test.gz --model mmoe
+    python experiments/multitask_snr.py --preset cpu --data multimnist --data-file mnist.npz
+
+SNR (Ma et al., AAAI 2019) joins two levels of sub-networks by connections with hard concrete gates: sampled in
+training, deterministic for validation, and what is behind closed ones cut out for serving. `--l0` makes open gates
+cost, `--target` steers to a share of the connections' weights. The same command again resumes a run, or prints the
+summary of a finished one.
+"""
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from routing_models import DATA, MODELS, WEIGHTINGS, Weighting, load, make_optimizer, quality, target_at
+
+from hyperjax import routing, training
+from hyperjax.data import RowBatches, TaskData
+from hyperjax.training.timing import in_turn
+
+FREE = ("workdir", "data_file", "save_minutes")  # a run may resume with other values of these
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of a run; --preset, --data and --model choose the defaults of the others."""
+
+    preset: str = "quick"  # quick or cpu
+    data: str = "synthetic"  # synthetic, digits, census or multimnist
+    model: str = "snr_trans"  # a network of routing_models.py: snr_trans, snr_aver, shared_bottom, mmoe, ple, ...
+    workdir: str | None = None  # where the run is kept; None is runs/multitask_snr-PRESET-DATA-MODEL
+    data_file: str | None = None  # census: the file of UCI; multimnist: an .npz of MNIST
+    group: str = "income"  # census: income or education, each with never married
+    correlation: float = 0.5  # synthetic: cosine of the two tasks' weights
+    parts: int = 4  # sub-networks or experts in each of the two levels
+    budget: int = 16_000  # parameters, all gates open; the networks' width follows from it
+    towers: tuple[int, ...] = (8,)  # hidden widths of the towers
+    beta: float = 0.6  # temperature of the gates
+    gamma: float = -0.5  # lower end of their stretch, at most 0
+    zeta: float = 1.5  # upper end of their stretch, at least 1
+    open: float = 0.5  # probability that a gate is open at first
+    per: str = "connection"  # what has gates of its own: connection, task or sample
+    l0: float = 1e-3  # lambda, weight of the expected number of open gates
+    target: float | None = None  # share of the connections' weights to steer to; None steers nowhere
+    weighting: str = "fixed"  # of the tasks' losses: fixed, uncertainty, gradnorm or dynamic_average
+    batch: int = 256  # rows in a batch
+    steps: int = 2000  # number of updates
+    learning_rate: float = 5e-3  # of Adam, falling to 0 along a cosine over the second half
+    gate_rate: float = 2e-2  # of Adam for log alpha
+    log_every: int = 50  # steps between two lines of metrics
+    eval_every: int = 200  # steps between two validations
+    save_minutes: float = 5.0  # longest time between two checkpoints
+    seed: int = 0  # of initialization, batches, gates, and of data that is made or split
+
+
+def defaults(preset: str = "quick", data: str = "synthetic", model: str = "snr_trans") -> Config:
+    """The defaults of a preset, data and model."""
+    _expect(preset in ("quick", "cpu"), "preset", preset, "quick or cpu")
+    _expect(data in DATA, "data", data, f"one of {', '.join(DATA)}")
+    _expect(model in MODELS, "model", model, f"one of {', '.join(MODELS)}")
+    fields: dict[str, Any] = {"digits": {"batch": 128, "steps": 1000}}.get(data, {})
+    if preset == "cpu":
+        sizes = {"census": (48_000, 1500), "multimnist": (300_000, 4000)}
+        budget, steps = sizes.get(data, (16_000, 4000))
+        fields = {"batch": 512 if data == "census" else 256, "steps": steps, "budget": budget}
+    if data == "multimnist":
+        fields |= {"learning_rate": 1e-3, "budget": 300_000}
+    return Config(preset, data, model, **fields)
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for a field that makes no sense."""
+    _expect(config.weighting in WEIGHTINGS, "weighting", config.weighting, f"one of {', '.join(WEIGHTINGS)}")
+    for name in ("parts", "budget", "batch", "steps", "log_every", "eval_every"):
+        _expect(getattr(config, name) >= 1, name, getattr(config, name), "1 or more")
+    for name in ("learning_rate", "gate_rate", "save_minutes"):
+        _expect(0 < getattr(config, name) < math.inf, name, getattr(config, name), "a positive number")
+    _expect(0 <= config.l0 < math.inf, "l0", config.l0, "a number of at least 0")
+    target = config.target
+    _expect(target is None or 0 < target < 1, "target", target, "a share inside of (0, 1), or none")
+    snr = config.model.startswith("snr")
+    _expect(target is None or snr, "target", target, f"none: {config.model} has no gates to steer")
+    _expect(config.per == "connection" or snr, "per", config.per, f"connection: {config.model} has no such gates")
+    _expect(0 <= config.seed < 2**31, "seed", config.seed, "a whole number from 0 to 2**31 - 1")
+
+
+def make_model(config: Config, data: TaskData) -> nn.Module:
+    """The network of a configuration, as wide as the budget allows."""
+    gates = routing.HardConcrete(config.beta, config.gamma, config.zeta, config.open)
+
+    def sized(width: int) -> nn.Module:
+        model = MODELS[config.model](data.tasks, config.parts, width, config.towers)
+        gated = isinstance(model, routing.SNR) and model.gates is not None
+        return model.clone(gates=gates, per=config.per) if gated else model
+
+    return routing.fit_width(sized, config.budget, jax.ShapeDtypeStruct((1, data.width), jnp.float32), tolerance=0.25)
+
+
+def make_loss(config: Config, data: TaskData, model: nn.Module, weighting: Weighting) -> training.state.LossFn:
+    """The weighted losses, and what open gates cost."""
+
+    def loss_fn(params, carry, batch, key):
+        x = data.encode(batch["features"])
+
+        def losses_of(network):
+            outputs, info = model.apply({"params": network}, x, key)
+            return routing.task_losses(data.tasks, outputs, batch["labels"]), info
+
+        losses, info = losses_of(params["network"])
+        total, carry = weighting.total(params, carry, losses, lambda network: losses_of(network)[0])
+        metrics = {f"{name}_loss": value for name, value in losses.items()}
+        if "l0" in info:
+            total += config.l0 * info["l0"]
+            metrics |= {name: info[name] for name in ("expected_share", "served_share")}
+        if config.target is not None:
+            target = target_at(carry["step"], config.target, config.steps)
+            total += routing.lagrangian(routing.steerable_share(info), target, params["multipliers"])
+        return total, ({**carry, "step": carry["step"] + 1}, metrics)
+
+    return loss_fn
+
+
+def make_scores(data: TaskData, model: nn.Module) -> Callable[[Any, str], dict[str, float]]:
+    """Returns scores(network, split): those of all tasks, with deterministic gates, and their mean `quality`."""
+    apply = jax.jit(lambda network, features: model.apply({"params": network}, data.encode(features))[0])
+    block = 2048
+
+    def scores(network, name):
+        split = getattr(data, name)
+        parts = []
+        for at in range(0, split.rows, block):
+            part = {key: array[at : at + block] for key, array in split.features.items()}
+            short = block - len(next(iter(part.values())))  # one size, so that one compilation serves all
+            part = {key: np.pad(array, ((0, short), *((0, 0),) * (array.ndim - 1))) for key, array in part.items()}
+            parts.append(jax.tree.map(np.asarray, apply(network, part)))
+        outputs = {task: np.concatenate([part[task] for part in parts])[: split.rows] for task in data.tasks}
+        found = routing.task_scores(data.tasks, outputs, split.labels)
+        return {"quality": quality(found, data.tasks), **found}
+
+    return scores
+
+
+def run(config: Config, data: TaskData, model: nn.Module, workdir: training.Workdir, started: float) -> dict[str, Any]:
+    """Trains, or goes on training; returns the summary."""
+    init_key, train_key = jax.random.split(jax.random.key(config.seed))
+    weighting = Weighting(config.weighting, data.tasks, -(-data.train.rows // config.batch))
+    optimizer = make_optimizer(config.learning_rate, config.gate_rate, config.steps)
+
+    def create(key):
+        params = {"network": model.init(key, jnp.zeros((1, data.width)))["params"], **weighting.params()}
+        params |= {"multipliers": routing.Multipliers.zeros()} if config.target is not None else {}
+        carry = {"step": jnp.zeros((), jnp.int32), **weighting.carry()}
+        return training.TrainState.create(params, optimizer, carry)
+
+    checkpoints: training.Checkpoints[training.TrainState] = training.Checkpoints(workdir.path / "checkpoints")
+    mark = {"fingerprint": data.fingerprint}
+    with training.bad_input(__file__):  # nothing is compiled in here
+        if (checkpoints.meta() or mark)["fingerprint"] != mark["fingerprint"]:
+            raise ValueError(f"the data {data.name} has changed since this run began; choose another --workdir")
+        restored = checkpoints.restore(jax.eval_shape(create, init_key))
+        resumed = restored[1] if restored else {}
+        files = {
+            name: training.JsonLines(workdir.path / f"{name}.jsonl", resumed.get("step", 0))
+            for name in ("metrics", "timings", "gates")
+        }
+    state = restored[0] if restored else jax.jit(create)(init_key)
+    snr = model if isinstance(model, routing.SNR) and model.gates is not None else None
+    training.say(
+        f"model   {config.model}, {training.count(state.params['network']):,} parameters\n"
+        f"data    {' '.join(data.notes)}\n"
+        f"run     {config.steps:,} steps of {config.batch} rows; losses weighted by {config.weighting}"
+        + (f", lambda {config.l0:g}, target {config.target}" if snr else "")
+        + "\n"
+        + "\n".join([f"device  {training.device()}", *checkpoints.notes])
+    )
+    print(f"resuming after step {int(state.step):,} of {config.steps:,}" if restored else f"starting in {workdir.path}")
+    batches, scores = RowBatches(data.train, config.batch, config.seed), make_scores(data, model)
+
+    def validate(state):
+        found = scores(state.params["network"], "valid")
+        if snr is not None and snr.per != "sample":
+            gates = routing.served_gates(snr, {"params": state.params["network"]})
+            files["gates"].write(int(state.step), **{name: z.tolist() for name, z in gates.items()})
+            files["gates"].sync()
+        return {"valid_error": 1 - found.pop("quality"), **found}
+
+    with checkpoints, files["metrics"], files["timings"], files["gates"]:
+        state = training.fit(
+            state,
+            training.make_step(make_loss(config, data, model, weighting), optimizer),
+            batches.batch_at,
+            train_key,
+            checkpoints=checkpoints,
+            metrics=files["metrics"],
+            timings=files["timings"],
+            steps=config.steps,
+            log_every=config.log_every,
+            eval_every=config.eval_every,
+            save_minutes=config.save_minutes,
+            validate=validate,
+            best="valid_error",
+            items=config.batch,
+            unit="rows",
+            meta=mark,
+            resumed=resumed,
+            started=started,
+        )
+    network = jax.tree.map(np.asarray, state.params["network"])
+    found = {f"{split}_{name}": value for split in ("valid", "test") for name, value in scores(network, split).items()}
+    summary = {"model": config.model, "data": data.name, "weighting": config.weighting, **found}
+    if snr is not None:
+        summary |= serve(snr, network, data, workdir)
+    title = f"{config.model} on {data.name}"
+    options = {"train": "loss", "valid": "valid_error", "label": "training loss; validation: 1 - quality", "title": title}
+    training.plot_curves(files["metrics"].path, workdir.path / "curves.png", **options)
+    seconds = training.seconds(resumed, started)
+    return {**summary, **training.environment(__file__, network, config.seed, seconds)}
+
+
+def serve(model: routing.SNR, network: Any, data: TaskData, workdir: training.Workdir) -> dict[str, Any]:
+    """Compacts the network and measures what that saves; draws its routing and its gates over time."""
+    from hyperjax.routing.plots import plot_gates, plot_routing, save
+
+    if model.per == "sample":
+        training.say("gates of this network depend on the sample: nothing can be cut out, and no routing be drawn")
+        return {}
+    variables, figure = {"params": network}, new_figure((7.5, 5.0))
+    axes = figure.subplots()
+    plot_routing(axes, model, variables).set_title(f"Routing learned on {data.name}", loc="left", fontsize=11)
+    save(figure, workdir.path / "routing.png")
+    rows, figure = training.read_lines(workdir.path / "gates.jsonl"), new_figure((7.5, 4.2))
+    history = {name: np.array([row[name] for row in rows]) for name in rows[0] if name != "step"}
+    axes = plot_gates(figure.subplots(), [row["step"] for row in rows], history)
+    axes.set_title(f"Gates of {data.name} while it learns", loc="left", fontsize=11)
+    save(figure, workdir.path / "gates.png")
+    lost = routing.lost_tasks(model, variables)
+    if lost:
+        training.say(f"no path is left to {', '.join(lost)}: not compacted; lower --l0, or raise --target or --open")
+        return {"tasks_lost": len(lost)}
+    small = routing.compact(model, variables)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((512, data.width)), jnp.float32)
+    calls = {"full": (model, variables), "compact": (small.model, small.variables)}
+    runs, flops = {}, {}
+    for name, (net, weights) in calls.items():
+        apply, weights = jax.jit(net.apply), jax.tree.map(jnp.asarray, weights)
+        runs[name] = lambda apply=apply, weights=weights: jax.block_until_ready(apply(weights, x)[0])
+        flops[name] = routing.flops(net.apply, weights, x)
+    outputs = [runs[name]() for name in calls]
+    gap = max(float(jnp.abs(outputs[0][t] - outputs[1][t]).max() / jnp.abs(outputs[0][t]).max()) for t in data.tasks)
+    times = {name: float(np.median(seconds)) for name, seconds in in_turn(runs, 20).items()}
+    training.say(
+        f"compact {small.connections[1]} of {small.connections[0]} connections, {small.subnetworks[1]} of "
+        f"{small.subnetworks[0]} sub-networks, {small.params[1]:,} of {small.params[0]:,} parameters; "
+        f"outputs differ by {gap:.1e} of the largest; 512 rows in {1e3 * times['compact']:.2f} ms, "
+        f"{1e3 * times['full']:.2f} before"
+    )
+    summary = {"tasks_lost": 0, "compact_gap": gap, "ratio_full_over_compact": times["full"] / times["compact"]}
+    for name, (before, after) in zip(("connections", "subnetworks", "served_params"), small[2:], strict=True):
+        summary |= {f"{name}_before": before, name: after}
+    return summary | {f"flops_512_{name}": value for name, value in flops.items()}
+
+
+def new_figure(size: tuple[float, float]) -> Any:
+    """An empty figure; matplotlib is loaded only here."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size, layout="constrained")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the experiment. Bad input exits with 2, a loss that is not finite with 1, a signal with 128 + its number."""
+    started = time.perf_counter()
+    config = training.parse(defaults, ("preset", "data", "model"), argv, description=__doc__, prog="multitask_snr.py")
+    with training.bad_input(__file__):
+        check(config)
+        default = f"runs/multitask_snr-{config.preset}-{config.data}-{config.model}"
+        workdir = training.Workdir(config.workdir or default, config, FREE)
+        if workdir.summary is None:
+            options: dict[str, Any] = {"group": config.group, "correlation": config.correlation, "seed": config.seed}
+            data = load(config.data, config.data_file, **options)
+            model = make_model(config, data)
+            RowBatches(data.train, config.batch, config.seed)  # refuses a batch larger than the data
+            workdir.open()
+    if workdir.summary is not None:
+        print(f"{workdir.path} holds a finished run; choose another --workdir to train again")
+    else:
+        with workdir, training.stopping():
+            workdir.finish(run(config, data, model, workdir, started))
+    training.print_summary(workdir.summary or {})
+    return 0
+
+
+def _expect(ok: bool, name: str, value: object, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"--{name.replace('_', '-')} is {value}, expected {expected}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
