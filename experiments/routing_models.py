@@ -1,5 +1,6 @@
 """What the scripts on sub-network routing share: data and networks by name, sizes to a budget, loss and optimizer."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,7 +37,7 @@ def load(name: str, data_file: str | None, *, group: str, correlation: float, se
     if name == "synthetic":
         if data_file is not None:
             raise ValueError(f"--data-file is {data_file}, but synthetic data is made, not read; leave it out")
-        return synthetic_regression(correlation, rows=(10_000, 2_000, 10_000), seed=seed)
+        return standardise(synthetic_regression(correlation, rows=(10_000, 2_000, 10_000), seed=seed))
     if name == "digits":
         if data_file is not None:
             raise ValueError(f"--data-file is {data_file}, but digits come with scikit-learn; leave it out")
@@ -48,6 +49,19 @@ def load(name: str, data_file: str | None, *, group: str, correlation: float, se
     if name == "multimnist":
         return multi_mnist(data_file, seed=seed)
     raise ValueError(f"--data is {name!r}, expected one of {', '.join(DATA)}")
+
+
+def standardise(data: TaskData) -> TaskData:
+    """Brings regression labels to mean 0 and variance 1 of the training split: lambda then means the same for all."""
+    splits = {name: getattr(data, name) for name in ("train", "valid", "test")}
+    for task, kind in data.tasks.items():
+        if isinstance(kind, routing.Regression):
+            mean, deviation = data.train.labels[task].mean(0), data.train.labels[task].std(0)
+            splits = {
+                name: split._replace(labels={**split.labels, task: (split.labels[task] - mean) / deviation})
+                for name, split in splits.items()
+            }
+    return dataclasses.replace(data, **splits)
 
 
 def make_optimizer(learning_rate: Any, gate_rate: Any, steps: int, multiplier_rate: Any = 0.2) -> Any:
