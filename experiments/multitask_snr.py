@@ -221,7 +221,8 @@ def run(config: Config, data: TaskData, model: nn.Module, workdir: training.Work
     if snr is not None:
         summary |= serve(snr, network, data, workdir)
     title = f"{config.model} on {data.name}"
-    options = {"train": "loss", "valid": "valid_error", "label": "training loss; validation: 1 - quality", "title": title}
+    label = "training loss; validation: 1 - quality"
+    options = {"train": "loss", "valid": "valid_error", "label": label, "title": title}
     training.plot_curves(files["metrics"].path, workdir.path / "curves.png", **options)
     seconds = training.seconds(resumed, started)
     return {**summary, **training.environment(__file__, network, config.seed, seconds)}

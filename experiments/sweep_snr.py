@@ -247,16 +247,18 @@ def best_of(config: Config, name: str, rows: list[Figures]) -> Figures:
 
 
 def summarise(config: Config, rows: list[Figures]) -> Figures:
-    """Chosen settings; means and standard deviations over seeds; and how far each is above shared bottom, in pairs."""
+    """Chosen settings; means and standard deviations over seeds, of size and test scores."""
     summary: Figures = {"data": config.data, "steps": config.steps}
     for name in config.models:
         summary |= {f"{name}_{key}": value for key, value in best_of(config, name, rows).items()}
         for budget in config.budgets:
             found = pick(rows, name, budget)
-            for key in ("params", "test_quality", "tasks_lost"):
-                summary[f"{name}_{budget}_{key}"] = round(float(np.mean([row[key] for row in found])), 6)
-            scores = np.array([row["test_quality"] for row in found])
-            summary[f"{name}_{budget}_test_quality_std"] = round(float(scores.std(ddof=min(1, len(scores) - 1))), 6)
+            for key in ("params", "tasks_lost", *(key for key in found[0] if key.startswith("test_"))):
+                values = np.array([row[key] for row in found])
+                summary[f"{name}_{budget}_{key}"] = round(float(values.mean()), 6)
+                if key.startswith("test_"):
+                    deviation = float(values.std(ddof=min(1, len(values) - 1)))
+                    summary[f"{name}_{budget}_{key}_std"] = round(deviation, 6)
     return summary
 
 
