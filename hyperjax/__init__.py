@@ -1,11 +1,12 @@
 """hyperjax: networks whose parameters are produced by something else, in JAX.
 
-The wings: `hyperjax.hypernet` (hypernetworks for any target network) and `hyperjax.recurrent` (HyperLSTM and its
-baselines). Beside them `hyperjax.data` (text and images) and `hyperjax.training` (loop, checkpoints, workdirs), which
-the scripts in `experiments/` are made of.
+The wings: `hyperjax.hypernet` (hypernetworks for any target network), `hyperjax.recurrent` (HyperLSTM and its
+baselines) and `hyperjax.routing` (multi-task networks that learn what to share). Under them `hyperjax.estimators`
+(discrete choices with gradients). Beside them `hyperjax.data` (text, images, tables) and `hyperjax.training` (loop,
+checkpoints, workdirs), which the scripts in `experiments/` are made of.
 """
 
-from hyperjax import hypernet, initializers, recurrent
+from hyperjax import estimators, hypernet, initializers, recurrent, routing
 from hyperjax.hypernet import (
     MLP,
     Chunked,
@@ -21,16 +22,19 @@ from hyperjax.hypernet import (
     SeparableMLP,
 )
 from hyperjax.recurrent import LSTM, FastRNN, HyperLSTM, HyperRNN, LanguageModel, generate
+from hyperjax.routing import SNR, HardConcrete, MMoE, compact
 
 __version__ = "0.1.0"
 __all__ = [
     "LSTM",
     "MLP",
+    "SNR",
     "Chunked",
     "ConvTiles",
     "FastRNN",
     "Frozen",
     "Generator",
+    "HardConcrete",
     "HyperLSTM",
     "HyperNetwork",
     "HyperRNN",
@@ -38,11 +42,15 @@ __all__ = [
     "Learned",
     "Linear",
     "LowRank",
+    "MMoE",
     "PerTask",
     "Scale",
     "SeparableMLP",
+    "compact",
+    "estimators",
     "generate",
     "hypernet",
     "initializers",
     "recurrent",
+    "routing",
 ]

@@ -49,7 +49,7 @@ def hard_concrete(key: Array, log_alpha: Any, *, beta: Any = BETA, gamma: Any = 
     Reference:
         Louizos, Welling, Kingma, "Learning sparse neural networks through L0 regularization" (2018), eq. 10-11.
     """
-    _check_stretch(beta, gamma, zeta)
+    check_hard_concrete(beta, gamma, zeta)
     log_alpha, dtype = _widen(log_alpha)
     noise = jax.random.logistic(key, log_alpha.shape, log_alpha.dtype)
     return _stretch(jax.nn.sigmoid((noise + log_alpha) / beta), gamma, zeta).astype(dtype)
@@ -63,7 +63,7 @@ def hard_concrete_deterministic(log_alpha: Any, *, gamma: Any = GAMMA, zeta: Any
     Reference:
         Louizos et al. (2018), eq. 13.
     """
-    _check_stretch(1.0, gamma, zeta)
+    check_hard_concrete(1.0, gamma, zeta)
     log_alpha, dtype = _widen(log_alpha)
     return _stretch(jax.nn.sigmoid(log_alpha), gamma, zeta).astype(dtype)
 
@@ -77,7 +77,7 @@ def hard_concrete_l0(log_alpha: Any, *, beta: Any = BETA, gamma: Any = GAMMA, ze
     Reference:
         Louizos et al. (2018), eq. 12.
     """
-    _check_stretch(beta, gamma, zeta)
+    check_hard_concrete(beta, gamma, zeta)
     log_alpha, dtype = _widen(log_alpha)
     return jax.nn.sigmoid(log_alpha - beta * jnp.log(-gamma / jnp.asarray(zeta, log_alpha.dtype))).astype(dtype)
 
@@ -87,7 +87,7 @@ def hard_concrete_one(log_alpha: Any, *, beta: Any = BETA, gamma: Any = GAMMA, z
 
     Gradient: exact. Arguments and errors as of `hard_concrete`.
     """
-    _check_stretch(beta, gamma, zeta)
+    check_hard_concrete(beta, gamma, zeta)
     log_alpha, dtype = _widen(log_alpha)
     return jax.nn.sigmoid(log_alpha - beta * jnp.log((1 - gamma) / jnp.asarray(zeta - 1, log_alpha.dtype))).astype(
         dtype
@@ -109,10 +109,8 @@ def hard_concrete_log_alpha(open_probability: Any, *, beta: Any = BETA, gamma: A
     Raises:
         ValueError: a probability is outside of (0, 1), or beta, gamma or zeta out of range.
     """
-    _check_stretch(beta, gamma, zeta)
+    check_hard_concrete(beta, gamma, zeta, open_probability)
     probability, dtype = _widen(open_probability)
-    _check("open_probability", open_probability, lambda p: (p > 0) & (p < 1), "inside of (0, 1), such as 0.9")
-    _check("gamma", gamma, lambda g: g < 0, f"below 0, such as {GAMMA}: with 0, gates are never exactly 0")
     return (
         jax.scipy.special.logit(probability) + beta * jnp.log(-gamma / jnp.asarray(zeta, probability.dtype))
     ).astype(dtype)
@@ -355,7 +353,12 @@ def _check_positive(name: str, value: Any) -> None:
     _check(name, value, lambda v: v > 0, "above 0")
 
 
-def _check_stretch(beta: Any, gamma: Any, zeta: Any) -> None:
+def check_hard_concrete(beta: Any, gamma: Any, zeta: Any, open_probability: Any = None) -> None:
+    """Raises the ValueError of `hard_concrete`, or of `hard_concrete_log_alpha` if a probability is given."""
     _check_positive("beta", beta)
     _check("gamma", gamma, lambda g: g <= 0, f"0 or below: samples are clipped at 0, usual is {GAMMA}")
     _check("zeta", zeta, lambda z: z >= 1, f"1 or above: samples are clipped at 1, usual is {ZETA}")
+    if open_probability is not None:
+        inside = "inside of (0, 1), such as 0.9"
+        _check("open_probability", open_probability, lambda p: (p > 0) & (p < 1), inside)
+        _check("gamma", gamma, lambda g: g != 0, "below 0, such as -0.1: with 0, gates are never exactly 0")

@@ -44,7 +44,7 @@ class HardConcrete:
     open: Any = 0.9
 
     def __post_init__(self):
-        self.start()
+        estimators.check_hard_concrete(self.beta, self.gamma, self.zeta, self.open)
 
     @property
     def _stretch(self) -> dict[str, Any]:

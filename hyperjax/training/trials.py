@@ -99,9 +99,16 @@ def apply_in_blocks(
 
     Returns:
         NumPy arrays, [R, N, ...].
+
+    Raises:
+        ValueError: `block` is below 1, or there are no rows.
     """
+    if block < 1:
+        raise ValueError(f"block is {block}, expected 1 or more rows")
     axis = 1 if own_rows else 0
     size = jax.tree.leaves(rows)[0].shape[axis]
+    if size < 1:
+        raise ValueError("there are no rows to apply the networks to, expected 1 or more; give a larger split")
     call = jax.jit(jax.vmap(apply, (0, 0 if own_rows else None)))
     starts = range(0, size, block)
     parts = [call(params, jax.tree.map(partial(_block, start=at, block=block, axis=axis), rows)) for at in starts]
