@@ -22,7 +22,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from routing_models import DATA, MODELS, WEIGHTINGS, Weighting, load, make_optimizer, quality, target_at
+import routing_models
+from routing_models import DATA, MODELS, WEIGHTINGS, Weighting, load, make_optimizer, quality, ramp
 
 from hyperjax import routing, training
 from hyperjax.data import RowBatches, TaskData
@@ -120,10 +121,10 @@ def make_loss(config: Config, data: TaskData, model: nn.Module, weighting: Weigh
         total, carry = weighting.total(params, carry, losses, lambda network: losses_of(network)[0])
         metrics = {f"{name}_loss": value for name, value in losses.items()}
         if "l0" in info:
-            total += config.l0 * info["l0"]
+            total += config.l0 * ramp(carry["step"], config.steps) * info["l0"]
             metrics |= {name: info[name] for name in ("expected_share", "served_share")}
         if config.target is not None:
-            target = target_at(carry["step"], config.target, config.steps)
+            target = 1 - (1 - config.target) * ramp(carry["step"], config.steps)
             total += routing.lagrangian(routing.steerable_share(info), target, params["multipliers"])
         return total, ({**carry, "step": carry["step"] + 1}, metrics)
 
@@ -282,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the experiment. Bad input exits with 2, a loss that is not finite with 1, a signal with 128 + its number."""
     started = time.perf_counter()
     config = training.parse(defaults, ("preset", "data", "model"), argv, description=__doc__, prog="multitask_snr.py")
-    with training.bad_input(__file__):
+    with training.bad_input(__file__), training.bad_input(routing_models.__file__):
         check(config)
         default = f"runs/multitask_snr-{config.preset}-{config.data}-{config.model}"
         workdir = training.Workdir(config.workdir or default, config, FREE)

@@ -81,9 +81,13 @@ def make_optimizer(learning_rate: Any, gate_rate: Any, steps: int, multiplier_ra
     )
 
 
-def target_at(step: Any, target: Any, steps: int) -> Any:
-    """The share to steer to: from everything, linearly over the first 40 % of the run, to `target`."""
-    return 1 - (1 - target) * jnp.minimum(1.0, step / (0.4 * steps))
+def ramp(step: Any, steps: int) -> Any:
+    """From 0 to 1, linearly over the first 40 % of the run.
+
+    Gates that cost something before the network has learned anything would all close, and nothing would ever open
+    them again: lambda and the target set in by this ramp.
+    """
+    return jnp.minimum(1.0, step / (0.4 * steps))
 
 
 def quality(scores: Mapping[str, float], tasks: Tasks) -> float:

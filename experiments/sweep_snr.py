@@ -23,8 +23,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import routing_models
 import tqdm
-from routing_models import DATA, MODELS, load, make_optimizer, quality
+from routing_models import DATA, MODELS, load, make_optimizer, quality, ramp
 
 from hyperjax import routing, training
 from hyperjax.data import TaskData
@@ -33,7 +34,7 @@ FREE = ("workdir", "data_file")  # a run may resume with other values of these
 # SNR-Trans that does not pay for open gates, and the same that does.
 SNR = {"snr_dense": "snr_trans", "snr_sparse": "snr_trans"}
 NETWORKS = (*SNR, *(name for name in MODELS if name != "snr_trans"))
-L0 = (1e-2, 1e-3, 1e-4, 1e-5)  # the paper's range, and one more for losses larger than its own
+L0 = (3e-2, 1e-2, 1e-3, 1e-4, 1e-5)  # the paper's range, and more for losses larger than its own
 Figures = dict[str, Any]
 
 
@@ -71,7 +72,7 @@ def defaults(preset: str = "quick", data: str | None = None) -> Config:
     fields: dict[str, Any] = {}
     if preset == "cpu":
         models = ("snr_dense", "snr_sparse", "snr_aver", "shared_bottom", "mmoe")
-        fields = {"models": models, "seeds": 5, "search": 24, "search_seeds": 2, "steps": 4000, "batch": 256}
+        fields = {"models": models, "seeds": 5, "search": 16, "search_seeds": 2, "steps": 3000, "batch": 256}
         fields |= {"budgets": (6_000, 10_000, 16_000, 24_000), "search_budget": 16_000}
     if preset == "cpu" and data == "census":
         budgets = (12_000, 24_000, 48_000, 96_000)
@@ -94,12 +95,16 @@ def check(config: Config) -> None:
     for name in ("seeds", "parts", "steps", "batch", "search", "search_seeds", "search_budget", "at_once"):
         _expect(getattr(config, name) >= 1, name, getattr(config, name), "1 or more")
     _expect(min(config.budgets, default=0) >= 1, "budgets", config.budgets, "one or more, none below 1")
+    for name in ("models", "budgets"):
+        values = getattr(config, name)
+        _expect(len(set(values)) == len(values), name, values, "each once")
     _expect(min(config.towers, default=1) >= 1, "towers", config.towers, "nothing below 1")
     _expect(config.search_seeds <= config.seeds, "search_seeds", config.search_seeds, f"at most {config.seeds} seeds")
     _expect(0 < config.gate_rate < math.inf, "gate_rate", config.gate_rate, "a positive number")
     low, high = config.learning_rates
     _expect(0 < low <= high < math.inf, "learning_rates", config.learning_rates, "two positive numbers in rising order")
-    _expect(0 <= config.seed < 2**31, "seed", config.seed, "a whole number from 0 to 2**31 - 1")
+    last = 2**31 - config.seeds
+    _expect(0 <= config.seed <= last, "seed", config.seed, f"a whole number from 0 to {last}, for {config.seeds} seeds")
 
 
 def read_splits(config: Config) -> tuple[TaskData, dict[str, Any], bool]:
@@ -146,7 +151,8 @@ class Group:
     def loss(self, params, hyper, batch, key, step):
         outputs, info = self.network(hyper).apply({"params": params}, batch["x"], key)
         losses = routing.task_losses(self.tasks, outputs, batch)
-        return sum(losses.values(), hyper["l0"] * info["l0"] if self.gated else jnp.zeros(())), losses
+        cost = hyper["l0"] * ramp(step, self.config.steps) * info["l0"] if self.gated else jnp.zeros(())
+        return sum(losses.values(), cost), losses
 
     def train(self, splits: dict[str, Any], hyper: dict[str, Any], seeds: Any, bar: Any) -> list[Figures]:
         """Trains the runs, and returns the figures of each."""
@@ -162,6 +168,14 @@ class Group:
         for name in ("valid", "test"):
             split = splits[name]
             outputs = training.apply_in_blocks(self.evaluate, (params, hyper), split["x"], own_rows=self.own)
+            broken = [
+                run for run in range(len(figures)) if not all(np.isfinite(o[run]).all() for o in outputs.values())
+            ]
+            if broken:
+                raise training.NonFinite(
+                    f"{len(broken)} of {len(figures)} runs put out NaN or infinity; in a new --workdir try lower "
+                    f"--learning-rates than {self.config.learning_rates}"
+                )
             for run, line in enumerate(figures):
                 labels = {task: split[task][run] if self.own else split[task] for task in self.tasks}
                 scores = routing.task_scores(self.tasks, {t: o[run] for t, o in outputs.items()}, labels)
@@ -289,9 +303,9 @@ def draw_figures(config: Config, rows: list[Figures], path: Path) -> None:
     for number, name in enumerate(config.models):
         trials = [row for row in rows if row.get("model") == name and "trial" in row]
         x, y = ([row[key] for row in trials] for key in ("params", "valid_quality"))
-        right.scatter(x, y, s=22, alpha=0.7, label=name, color=COLORS[number])
+        right.scatter(x, y, s=22, alpha=0.7, label=name, color=COLORS[number % len(COLORS)])
     top = max(row["valid_quality"] for row in rows if "trial" in row)
-    right.set_ylim(max(0.0, top - 0.25), top + 0.01)
+    right.set_ylim(top - 0.25, top + 0.01)
     right.set(xlabel="parameters served", ylabel="validation quality")
     right.set_title(f"Random search: {config.search} settings of each", loc="left", fontsize=11)
     right.legend(frameon=False, fontsize=9)
@@ -300,10 +314,10 @@ def draw_figures(config: Config, rows: list[Figures], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the sweep. Bad input exits with 2, a signal with 128 + its number."""
+    """Runs the sweep. Bad input exits with 2, outputs that are not finite with 1, a signal with 128 + its number."""
     started = time.perf_counter()
     config = training.parse(defaults, ("preset", "data"), argv, description=__doc__, prog="sweep_snr.py")
-    with training.bad_input(__file__):
+    with training.bad_input(__file__), training.bad_input(routing_models.__file__):
         check(config)
         workdir = training.Workdir(config.workdir or f"runs/sweep_snr-{config.preset}-{config.data}", config, FREE)
         if workdir.summary is None:
@@ -325,7 +339,8 @@ def run(config: Config, data: TaskData, splits, own: bool, workdir: training.Wor
     """Searches, sweeps, draws; returns the summary."""
     path = workdir.path / "metrics.jsonl"
     groups = [(name, budget) for name in config.models for budget in (None, *config.budgets)]
-    counts = Counter(row["step"] for row in training.read_lines(path)) if path.exists() else Counter()
+    with training.bad_input(__file__):
+        counts = Counter(row["step"] for row in training.read_lines(path)) if path.exists() else Counter()
     needed = [config.search * config.search_seeds if budget is None else config.seeds for _, budget in groups]
     done = next((i for i, lines in enumerate(needed) if counts[i + 1] < lines), len(groups))
     training.say(
