@@ -81,13 +81,12 @@ def make_optimizer(learning_rate: Any, gate_rate: Any, steps: int, multiplier_ra
     )
 
 
-def ramp(step: Any, steps: int) -> Any:
-    """From 0 to 1, linearly over the first 40 % of the run.
+def ramp(step: Any, steps: int, share: Any = 0.1) -> Any:
+    """From 0 to 1, linearly over the first `share` of the run: how lambda and the target set in.
 
-    Gates that cost something before the network has learned anything would all close, and nothing would ever open
-    them again: lambda and the target set in by this ramp.
+    Gates that cost something from the first step on close before the network has learned what they are good for.
     """
-    return jnp.minimum(1.0, step / (0.4 * steps))
+    return jnp.minimum(1.0, step / (share * steps))
 
 
 def quality(scores: Mapping[str, float], tasks: Tasks) -> float:

@@ -4,10 +4,10 @@
     python experiments/sweep_snr.py --preset cpu --correlation 0.5          # synthetic regression of the MMoE paper
     python experiments/sweep_snr.py --preset cpu --data census --data-file census-income.test.gz
 
-First every network gets its settings by the same random search, over the ranges of Ma et al., "SNR" (AAAI 2019), at one
-budget and by validation; many settings train at once, in one compiled program. Then all budgets and seeds. Sparse SNR
-is a network of the budget's size that pays for open gates, and serves what is left. The same command again goes on
-after the last network that was finished.
+First every network gets its settings by the same random search, at one budget and by validation: beta, gamma, zeta and
+lambda from the ranges of Ma et al., "SNR" (AAAI 2019), the rest from ours; many settings train at once, in one compiled
+program. Then all budgets and seeds. Sparse SNR is a network of the budget's size that is steered to a share of its
+connections, and serves what is left. The same command again goes on after the last network that was finished.
 """
 
 import dataclasses
@@ -25,17 +25,17 @@ import jax.numpy as jnp
 import numpy as np
 import routing_models
 import tqdm
-from routing_models import DATA, MODELS, load, make_optimizer, quality, ramp
+from routing_models import DATA, MODELS, load
+from routing_runs import Figures, Group
 
 from hyperjax import routing, training
 from hyperjax.data import TaskData
 
 FREE = ("workdir", "data_file")  # a run may resume with other values of these
-# SNR-Trans that does not pay for open gates, and the same that does.
+# SNR-Trans whose gates cost nothing, and the same steered to a share of its connections.
 SNR = {"snr_dense": "snr_trans", "snr_sparse": "snr_trans"}
 NETWORKS = (*SNR, *(name for name in MODELS if name != "snr_trans"))
-L0 = (3e-2, 1e-2, 1e-3, 1e-4, 1e-5)  # the paper's range, and more for losses larger than its own
-Figures = dict[str, Any]
+L0 = (1e-3, 1e-4, 1e-5)  # the paper's range of lambda
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Config:
 
     preset: str = "quick"  # quick or cpu
     data: str = "digits"  # synthetic, digits, census or multimnist
-    workdir: str | None = None  # where the run is kept; None is runs/sweep_snr-PRESET-DATA
+    workdir: str | None = None  # where the run is kept; None is runs/sweep_snr-PRESET-DATA-KIND
     data_file: str | None = None  # census: the file of UCI; multimnist: an .npz of MNIST
     group: str = "income"  # census: income or education, each with never married
     correlation: float = 0.5  # synthetic: cosine of the two tasks' weights
@@ -72,7 +72,7 @@ def defaults(preset: str = "quick", data: str | None = None) -> Config:
     fields: dict[str, Any] = {}
     if preset == "cpu":
         models = ("snr_dense", "snr_sparse", "snr_aver", "shared_bottom", "mmoe")
-        fields = {"models": models, "seeds": 5, "search": 16, "search_seeds": 2, "steps": 3000, "batch": 256}
+        fields = {"models": models, "seeds": 5, "search": 16, "search_seeds": 3, "steps": 3000, "batch": 256}
         fields |= {"budgets": (6_000, 10_000, 16_000, 24_000), "search_budget": 16_000}
     if preset == "cpu" and data == "census":
         budgets = (12_000, 24_000, 48_000, 96_000)
@@ -126,87 +126,23 @@ def read_splits(config: Config) -> tuple[TaskData, dict[str, Any], bool]:
     return draws[0], splits, own
 
 
-class Group:
-    """The runs of one network, trained and evaluated together."""
-
-    def __init__(self, config: Config, data: TaskData, own: bool, model: Any, width: int):
-        self.config, self.tasks, self.own, self.model = config, data.tasks, own, model
-        self.gated = isinstance(model, routing.SNR) and model.gates is not None
-
-        def init(key, hyper):
-            return self.network(hyper).init(key, jnp.zeros((1, width)))["params"]
-
-        self.trials = training.make_trials(init, self.loss, self.optimizer, config.batch, own_rows=own)
-        self.evaluate = jax.jit(lambda p, x: self.network(p[1]).apply({"params": p[0]}, x)[0])
-
-    def network(self, hyper) -> Any:
-        if not self.gated:
-            return self.model
-        gates = {name: hyper[name] for name in ("beta", "gamma", "zeta", "open")}
-        return self.model.clone(gates=routing.HardConcrete(**gates))
-
-    def optimizer(self, hyper):
-        return make_optimizer(hyper["learning_rate"], self.config.gate_rate, self.config.steps)
-
-    def loss(self, params, hyper, batch, key, step):
-        outputs, info = self.network(hyper).apply({"params": params}, batch["x"], key)
-        losses = routing.task_losses(self.tasks, outputs, batch)
-        cost = hyper["l0"] * ramp(step, self.config.steps) * info["l0"] if self.gated else jnp.zeros(())
-        return sum(losses.values(), cost), losses
-
-    def train(self, splits: dict[str, Any], hyper: dict[str, Any], seeds: Any, bar: Any) -> list[Figures]:
-        """Trains the runs, and returns the figures of each."""
-        steps, train = self.config.steps, jax.tree.map(jnp.asarray, splits["train"])
-        states = self.trials.start(seeds, hyper)
-        for at in range(0, steps, 100):
-            some = min(100, steps - at)
-            states, losses = self.trials.advance(states, hyper, seeds, train, some)
-            bar.set_postfix_str(", ".join(f"{name} {float(loss[:, -1].mean()):.3f}" for name, loss in losses.items()))
-            bar.update(some)
-        params = jax.tree.map(np.asarray, states.params)
-        figures: list[Figures] = [{} for _ in seeds]
-        for name in ("valid", "test"):
-            split = splits[name]
-            outputs = training.apply_in_blocks(self.evaluate, (params, hyper), split["x"], own_rows=self.own)
-            broken = [
-                run for run in range(len(figures)) if not all(np.isfinite(o[run]).all() for o in outputs.values())
-            ]
-            if broken:
-                raise training.NonFinite(
-                    f"{len(broken)} of {len(figures)} runs put out NaN or infinity; in a new --workdir try lower "
-                    f"--learning-rates than {self.config.learning_rates}"
-                )
-            for run, line in enumerate(figures):
-                labels = {task: split[task][run] if self.own else split[task] for task in self.tasks}
-                scores = routing.task_scores(self.tasks, {t: o[run] for t, o in outputs.items()}, labels)
-                line |= {f"{name}_quality": quality(scores, self.tasks)}
-                line |= {f"{name}_{score}": value for score, value in scores.items()}
-        for run, line in enumerate(figures):
-            line |= self.served(*jax.tree.map(operator.itemgetter(run), (params, hyper)))
-        return figures
-
-    def served(self, params: Any, hyper: dict[str, Any]) -> Figures:
-        """What is left to serve of a run."""
-        if not self.gated:
-            return {"params": training.count(params), "connections_open": 1.0, "tasks_lost": 0}
-        model, variables = self.network(jax.tree.map(float, hyper)), {"params": params}
-        gates = routing.served_gates(model, variables)
-        share = sum(int((z > 0).sum()) for z in gates.values()) / sum(z.size for z in gates.values())
-        lost = routing.lost_tasks(model, variables)
-        # A lost task is served by a constant: it makes the network useless, but not small.
-        size = training.count(params) if lost else routing.compact(model, variables).params[1]
-        return {"params": size, "connections_open": share, "tasks_lost": len(lost)}
-
-
 def make(config: Config, name: str, data: TaskData, splits: dict[str, Any], own: bool, budget: int) -> Group:
-    """The group of a network by name, sized to a budget."""
-    features = splits["train"]["x"].shape[-1]
-    build = MODELS[SNR.get(name, name)]
+    """The runs of a network by name, sized to a budget."""
+    features, build = splits["train"]["x"].shape[-1], MODELS[SNR.get(name, name)]
     shape = jax.ShapeDtypeStruct((1, features), jnp.float32)
     model = routing.fit_width(
-        lambda w: build(data.tasks, config.parts, w, config.towers), budget, shape, tolerance=0.25
+        lambda width: build(data.tasks, config.parts, width, config.towers), budget, shape, tolerance=0.15
     )
-    return Group(config, data, own, model, features)
+    return Group(
+        model,
+        data.tasks,
+        shape,
+        steps=config.steps,
+        batch=config.batch,
+        gate_rate=config.gate_rate,
+        own_rows=own,
+        sparse=name == "snr_sparse",
+    )
 
 
 def draw(config: Config, name: str) -> list[Figures]:
@@ -216,8 +152,8 @@ def draw(config: Config, name: str) -> list[Figures]:
         rng = np.random.default_rng((config.seed, number, 4))
         low, high = np.log(config.learning_rates)
         values = {"beta": rng.uniform(0.5, 0.9), "gamma": rng.uniform(-1, -0.1), "zeta": rng.uniform(1.1, 2)}
-        values |= {"open": rng.uniform(0.5, 0.95), "l0": float(rng.choice(L0))}
-        values |= {"learning_rate": float(np.exp(rng.uniform(low, high)))}
+        values |= {"learning_rate": float(np.exp(rng.uniform(low, high))), "l0": float(rng.choice(L0))}
+        values |= {"open": rng.uniform(0.5, 0.95), "ramp": rng.uniform(0.05, 0.4), "target": rng.uniform(0.2, 0.6)}
         drawn.append(values | ({"l0": 0.0} if name == "snr_dense" else {}))
     return drawn
 
@@ -247,31 +183,41 @@ def search(config: Config, name: str, data: TaskData, splits: dict[str, Any], ow
 
 
 def best_of(config: Config, name: str, rows: list[Figures]) -> Figures:
-    """The setting of a network that was best on validation, in the mean over seeds, without a task lost."""
+    """The setting of a network that was best on validation, in the mean over seeds; none that failed or lost a task."""
     trials: dict[int, list[Figures]] = {}
     for row in rows:
         if row.get("model") == name and "trial" in row:
             trials.setdefault(row["trial"], []).append(row)
 
-    def worth(number: int) -> tuple[bool, float]:
+    def worth(number: int) -> tuple[bool, bool, float]:
         runs = trials[number]
-        return not any(run["tasks_lost"] for run in runs), float(np.mean([run["valid_quality"] for run in runs]))
+        sound = not any(run["failed"] for run in runs)
+        whole = sound and not any(run["tasks_lost"] for run in runs)
+        return sound, whole, float(np.mean([run["valid_quality"] for run in runs])) if sound else 0.0
 
-    return draw(config, name)[max(trials, key=worth)]
+    best = max(trials, key=worth)
+    if not worth(best)[0]:
+        raise training.NonFinite(
+            f"every setting of {name} put out NaN or infinity in one of its runs; in a new --workdir try lower "
+            f"--learning-rates than {config.learning_rates}"
+        )
+    return draw(config, name)[best]
 
 
 def summarise(config: Config, rows: list[Figures]) -> Figures:
     """Chosen settings; means and standard deviations over seeds, of size and test scores."""
     summary: Figures = {"data": config.data, "steps": config.steps}
     for name in config.models:
-        summary |= {f"{name}_{key}": value for key, value in best_of(config, name, rows).items()}
+        setting = best_of(config, name, rows)
+        used = setting if name.startswith("snr") else {"learning_rate": setting["learning_rate"]}
+        summary |= {f"{name}_{key}": value for key, value in used.items()}
         for budget in config.budgets:
             found = pick(rows, name, budget)
             for key in ("params", "tasks_lost", *(key for key in found[0] if key.startswith("test_"))):
                 values = np.array([row[key] for row in found])
                 summary[f"{name}_{budget}_{key}"] = round(float(values.mean()), 6)
                 if key.startswith("test_"):
-                    deviation = float(values.std(ddof=min(1, len(values) - 1)))
+                    deviation = float(values.std(ddof=len(values) > 1))
                     summary[f"{name}_{budget}_{key}_std"] = round(deviation, 6)
     return summary
 
@@ -301,10 +247,10 @@ def draw_figures(config: Config, rows: list[Figures], path: Path) -> None:
     plot_quality(left, points, label=label)
     left.set_title(f"{config.data}: mean ± standard deviation of {config.seeds} seeds", loc="left", fontsize=11)
     for number, name in enumerate(config.models):
-        trials = [row for row in rows if row.get("model") == name and "trial" in row]
+        trials = [row for row in rows if row.get("model") == name and "trial" in row and not row["failed"]]
         x, y = ([row[key] for row in trials] for key in ("params", "valid_quality"))
         right.scatter(x, y, s=22, alpha=0.7, label=name, color=COLORS[number % len(COLORS)])
-    top = max(row["valid_quality"] for row in rows if "trial" in row)
+    top = max(row["valid_quality"] for row in rows if "trial" in row and not row["failed"])
     right.set_ylim(top - 0.25, top + 0.01)
     right.set(xlabel="parameters served", ylabel="validation quality")
     right.set_title(f"Random search: {config.search} settings of each", loc="left", fontsize=11)
@@ -319,7 +265,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = training.parse(defaults, ("preset", "data"), argv, description=__doc__, prog="sweep_snr.py")
     with training.bad_input(__file__), training.bad_input(routing_models.__file__):
         check(config)
-        workdir = training.Workdir(config.workdir or f"runs/sweep_snr-{config.preset}-{config.data}", config, FREE)
+        kind = {"synthetic": f"-{config.correlation:g}", "census": f"-{config.group}"}.get(config.data, "")
+        default = f"runs/sweep_snr-{config.preset}-{config.data}{kind}"
+        workdir = training.Workdir(config.workdir or default, config, FREE)
         if workdir.summary is None:
             data, splits, own = read_splits(config)
             for name in config.models:  # sizes that cannot be met are refused before anything is trained
@@ -351,12 +299,12 @@ def run(config: Config, data: TaskData, splits, own: bool, workdir: training.Wor
         f"device  {training.device()}\n"
         + (f"resuming after {done} of {len(groups)} groups of runs" if done else f"starting in {workdir.path}")
     )
-    speeds = []
-    with training.JsonLines(path, done) as lines:
+    times = workdir.path / "timings.jsonl"
+    with training.JsonLines(path, done) as lines, training.JsonLines(times, done) as timings:
         for number, (name, budget) in enumerate(groups[done:], done + 1):
             if budget is None:
                 figures, speed = search(config, name, data, splits, own)
-                speeds.append(speed)
+                timings.write(number, trials_per_minute=speed, seconds=time.perf_counter() - started)
                 text = f"{name:14} {speed:.0f} trials a minute"
             else:
                 setting = best_of(config, name, training.read_lines(path))
@@ -364,18 +312,28 @@ def run(config: Config, data: TaskData, splits, own: bool, workdir: training.Wor
                 group = make(config, name, data, splits, own, budget)
                 with tqdm.tqdm(total=config.steps, unit="step", desc=f"{name} {budget:,}", mininterval=1.0) as bar:
                     found = group.train(splits, stack([setting] * config.seeds), seeds, bar)
+                if any(line["failed"] for line in found):
+                    raise training.NonFinite(
+                        f"{name} of {budget:,} parameters put out NaN or infinity with the setting that was best at "
+                        f"{config.search_budget:,}; in a new --workdir try lower --learning-rates"
+                    )
                 figures = [{"model": name, "budget": budget, "seed": config.seed + i} | f for i, f in enumerate(found)]
                 size, test = ([line[key] for line in figures] for key in ("params", "test_quality"))
-                text = f"{name:14} {np.mean(size):9,.0f} parameters, test {np.mean(test):.4f} ± {np.std(test):.4f}"
+                deviation = np.std(test, ddof=len(test) > 1)
+                text = f"{name:14} {np.mean(size):9,.0f} parameters, test {np.mean(test):.4f} ± {deviation:.4f}"
+                timings.write(number, seconds=time.perf_counter() - started)
+            started = time.perf_counter()
             for line in figures:
                 lines.write(number, **line)
             lines.sync()
             tqdm.tqdm.write(text)
     rows = training.read_lines(path)
     draw_figures(config, rows, workdir.path)
-    pace = {"trials_per_minute": round(float(np.median(speeds)), 2)} if speeds else {}
-    seconds = time.perf_counter() - started
-    return {**summarise(config, rows), **pace, **training.environment(__file__, {}, config.seed, seconds)}
+    clock = training.read_lines(times)
+    pace = {"trials_per_minute": round(float(np.nanmedian([row.get("trials_per_minute", np.nan) for row in clock])), 2)}
+    seconds = sum(row["seconds"] for row in clock) + time.perf_counter() - started
+    largest = make(config, config.models[0], data, splits, own, max(config.budgets)).shapes()
+    return {**summarise(config, rows), **pace, **training.environment(__file__, largest, config.seed, seconds)}
 
 
 def _expect(ok: bool, name: str, value: object, expected: str) -> None:

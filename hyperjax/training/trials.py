@@ -4,7 +4,7 @@ R runs, N rows of data, B batch, n steps.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -82,7 +82,12 @@ def make_trials(
         states, metrics = jax.lax.scan(lambda s, _: all_runs(s, hyper, seeds, rows), states, None, steps)
         return states, jax.tree.map(lambda values: values.T, metrics)
 
-    return Trials(jax.jit(jax.vmap(start_one)), advance)
+    def start(seeds: Any, hyper: Hyper) -> TrainState:
+        # One by one and without `jit`: compiling all the random draws of a network takes longer than its training.
+        each = [start_one(seed, {name: values[i] for name, values in hyper.items()}) for i, seed in enumerate(seeds)]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+
+    return Trials(start, advance)
 
 
 def apply_in_blocks(
@@ -109,12 +114,18 @@ def apply_in_blocks(
     size = jax.tree.leaves(rows)[0].shape[axis]
     if size < 1:
         raise ValueError("there are no rows to apply the networks to, expected 1 or more; give a larger split")
-    call = jax.jit(jax.vmap(apply, (0, 0 if own_rows else None)))
+    block = min(block, size)
+    call = _all_runs(apply, own_rows)
     starts = range(0, size, block)
     parts = [call(params, jax.tree.map(partial(_block, start=at, block=block, axis=axis), rows)) for at in starts]
     parts = [jax.tree.map(np.asarray, part) for part in parts]
     joined = jax.tree.map(lambda *arrays: np.concatenate(arrays, 1), *parts)
     return jax.tree.map(lambda array: array[:, :size], joined)
+
+
+@lru_cache(maxsize=8)
+def _all_runs(apply: Callable[[Any, Any], Any], own_rows: bool) -> Callable[[Any, Any], Any]:
+    return jax.jit(jax.vmap(apply, (0, 0 if own_rows else None)))
 
 
 def _block(array: Any, start: int, block: int, axis: int) -> Array:
