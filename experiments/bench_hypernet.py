@@ -31,7 +31,7 @@ from hyperjax import training
 from hyperjax.hypernet.generators import matvec
 from hyperjax.hypernet.image_models import WideResNet
 from hyperjax.paramtree import count
-from hyperjax.training.timing import compiled, in_turn
+from hyperjax.timing import compiled, in_turn
 
 Figures = dict[str, float]
 TARGETS = ("mlp3", "80leaf", "wrn", "25m", "per_sample")

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from hyperjax.paramtree import count
-from hyperjax.training.timing import compiled
+from hyperjax.timing import compiled
 
 ADAM = optax.adam(1e-3)
 Runs = dict[str, Callable[[], Any]]  # "generate", "gradient", "step" -> what to time

@@ -26,9 +26,7 @@ import optax
 
 from hyperjax import routing, training
 from hyperjax.paramtree import count
-from hyperjax.routing.gates import scale_blocks
-from hyperjax.routing.snr import normalise, reader_widths
-from hyperjax.training.timing import compiled, in_turn
+from hyperjax.timing import compiled, in_turn
 
 Figures = dict[str, float]
 ADAM = optax.adam(1e-3)
@@ -71,7 +69,7 @@ class Data(NamedTuple):
 
 
 def make_data(config: Config) -> Data:
-    keys = jax.random.split(jax.random.key(config.seed), config.tasks + 1)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0), config.tasks + 1)
     names = [f"task_{t}" for t in range(config.tasks)]
     labels = {name: jax.random.bernoulli(key, 0.5, (config.batch,)) for name, key in zip(names, keys[1:], strict=True)}
     x = jax.random.normal(keys[0], (config.batch, config.features))
@@ -125,6 +123,7 @@ def loss_of(model: nn.Module, data: Data) -> Callable:
 def trained(label: str, model: nn.Module, data: Data, seed: int) -> Candidate:
     """A network to be trained and served; a step overwrites its own state and draws gates of its own."""
     gradient = jax.value_and_grad(loss_of(model, data))
+    gate_key = jax.random.fold_in(jax.random.key(seed), 1)
 
     def start(x: jax.Array) -> Any:
         params = model.init(jax.random.key(seed), x)["params"]
@@ -132,7 +131,7 @@ def trained(label: str, model: nn.Module, data: Data, seed: int) -> Candidate:
 
     def step(state: Any, x: jax.Array, labels: Mapping[str, jax.Array]) -> Any:
         params, moments, number = state
-        value, gradients = gradient(params, jax.random.fold_in(jax.random.key(seed), number), x, labels)
+        value, gradients = gradient(params, jax.random.fold_in(gate_key, number), x, labels)
         updates, moments = ADAM.update(gradients, moments)
         return (optax.apply_updates(params, updates), moments, number + 1), value
 
@@ -179,24 +178,13 @@ def close_gates(model: routing.SNR, variables: Any, share: float, seed: int) -> 
     raise ValueError(f"--closed is {share}, which cut a task off the input in 100 draws, expected less; about 0.5 does")
 
 
-def multiplied_in(model: routing.SNR, variables: Any) -> Any:
-    """The variables of the same network without gates that computes the same."""
-    params = dict(variables["params"])
-    below = [[widths[-1] for widths in level] for level in normalise(model.levels)]
-    gates = routing.served_gates(model, variables)
-    for (name, columns), rows in zip(reader_widths(model).items(), below, strict=True):
-        kernel = scale_blocks(params[name]["kernel"], jnp.asarray(gates[name]), rows, columns)
-        params[name] = {"kernel": kernel, "bias": params[name]["bias"]}
-    return {"params": params}
-
-
 def pruned(config: Config, data: Data) -> tuple[dict[str, Candidate], Figures]:
     """The network with closed gates in its three forms, found equal, and what is gone of it."""
-    gated, ungated = snr(config, data, config.width), snr(config, data, config.width, gates=None)
+    gated = snr(config, data, config.width)
     variables = jax.jit(gated.init)(jax.random.key(config.seed), data.x)
     variables = close_gates(gated, variables, config.closed, config.seed)
     small = routing.compact(gated, variables)
-    dense = multiplied_in(gated, variables)
+    ungated, dense = routing.fold_gates(gated, variables)
     found = {
         "masked": serving("SNR, gates closed", gated, lambda: variables, data),
         "dense": serving("the same, dense", ungated, lambda: dense, data),

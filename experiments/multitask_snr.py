@@ -27,9 +27,8 @@ from routing_models import DATA, MODELS, WEIGHTINGS, Weighting, load, make_optim
 
 from hyperjax import routing, training
 from hyperjax.data import RowBatches, TaskData
-from hyperjax.training.timing import in_turn
 
-FREE = ("workdir", "data_file", "save_minutes")  # a run may resume with other values of these
+FREE = ("workdir", "data_file", "test_file", "save_minutes")  # a run may resume with other values of these
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,18 +39,19 @@ class Config:
     data: str = "synthetic"  # synthetic, digits, census or multimnist
     model: str = "snr_trans"  # a network of routing_models.py: snr_trans, snr_aver, shared_bottom, mmoe, ple, ...
     workdir: str | None = None  # where the run is kept; None is runs/multitask_snr-PRESET-DATA-MODEL
-    data_file: str | None = None  # census: the file of UCI; multimnist: an .npz of MNIST
+    data_file: str | None = None  # census: a file of UCI; multimnist: an .npz of MNIST
+    test_file: str | None = None  # census: census-income.test, if data_file is census-income.data
     group: str = "income"  # census: income or education, each with never married
     correlation: float = 0.5  # synthetic: cosine of the two tasks' weights
     parts: int = 4  # sub-networks or experts in each of the two levels
     budget: int = 16_000  # parameters, all gates open; the networks' width follows from it
     towers: tuple[int, ...] = (8,)  # hidden widths of the towers
     beta: float = 0.6  # temperature of the gates
-    gamma: float = -0.5  # lower end of their stretch, at most 0
+    gamma: float = -0.5  # lower end of their stretch, below 0
     zeta: float = 1.5  # upper end of their stretch, at least 1
     open: float = 0.5  # probability that a gate is open at first
     per: str = "connection"  # what has gates of its own: connection, task or sample
-    l0: float = 1e-3  # lambda, weight of the expected number of open gates
+    l0: float = 1e-3  # lambda, weight of the expected number of open gates; sets in over the first tenth of the run
     target: float | None = None  # share of the connections' weights to steer to; None steers nowhere
     weighting: str = "fixed"  # of the tasks' losses: fixed, uncertainty, gradnorm or dynamic_average
     batch: int = 256  # rows in a batch
@@ -154,7 +154,7 @@ def make_scores(data: TaskData, model: nn.Module) -> Callable[[Any, str], dict[s
 def run(config: Config, data: TaskData, model: nn.Module, workdir: training.Workdir, started: float) -> dict[str, Any]:
     """Trains, or goes on training; returns the summary."""
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
-    weighting = Weighting(config.weighting, data.tasks, -(-data.train.rows // config.batch))
+    weighting = Weighting(config.weighting, data.tasks, max(1, data.train.rows // config.batch))
     optimizer = make_optimizer(config.learning_rate, config.gate_rate, config.steps)
 
     def create(key):
@@ -249,27 +249,16 @@ def serve(model: routing.SNR, network: Any, data: TaskData, workdir: training.Wo
     if lost:
         training.say(f"no path is left to {', '.join(lost)}: not compacted; lower --l0, or raise --target or --open")
         return {"tasks_lost": len(lost)}
-    small = routing.compact(model, variables)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((512, data.width)), jnp.float32)
-    calls = {"full": (model, variables), "compact": (small.model, small.variables)}
-    runs, flops = {}, {}
-    for name, (net, weights) in calls.items():
-        apply, weights = jax.jit(net.apply), jax.tree.map(jnp.asarray, weights)
-        runs[name] = lambda apply=apply, weights=weights: jax.block_until_ready(apply(weights, x)[0])
-        flops[name] = routing.flops(net.apply, weights, x)
-    outputs = [runs[name]() for name in calls]
-    gap = max(float(jnp.abs(outputs[0][t] - outputs[1][t]).max() / jnp.abs(outputs[0][t]).max()) for t in data.tasks)
-    times = {name: float(np.median(seconds)) for name, seconds in in_turn(runs, 20).items()}
+    found = routing.compare_serving(model, variables, routing.compact(model, variables), x)
+    form = "dense" if "seconds_dense" in found else "masked"
     training.say(
-        f"compact {small.connections[1]} of {small.connections[0]} connections, {small.subnetworks[1]} of "
-        f"{small.subnetworks[0]} sub-networks, {small.params[1]:,} of {small.params[0]:,} parameters; "
-        f"outputs differ by {gap:.1e} of the largest; 512 rows in {1e3 * times['compact']:.2f} ms, "
-        f"{1e3 * times['full']:.2f} before"
+        f"compact {found['connections']} of {found['connections_before']} connections, {found['subnetworks']} of "
+        f"{found['subnetworks_before']} sub-networks, {found['params']:,} of {found['params_before']:,} parameters; "
+        f"outputs differ by {found['gap']:.1e} of the largest; 512 rows in {1e3 * found['seconds_compact']:.2f} ms, "
+        f"{form} in {1e3 * found[f'seconds_{form}']:.2f} ms: {found[f'ratio_{form}_over_compact']:.2f} times as long"
     )
-    summary = {"tasks_lost": 0, "compact_gap": gap, "ratio_full_over_compact": times["full"] / times["compact"]}
-    for name, (before, after) in zip(("connections", "subnetworks", "served_params"), small[2:], strict=True):
-        summary |= {f"{name}_before": before, name: after}
-    return summary | {f"flops_512_{name}": value for name, value in flops.items()}
+    return {"tasks_lost": 0} | {f"serving_{name}": value for name, value in found.items()}
 
 
 def new_figure(size: tuple[float, float]) -> Any:
@@ -289,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         workdir = training.Workdir(config.workdir or default, config, FREE)
         if workdir.summary is None:
             options: dict[str, Any] = {"group": config.group, "correlation": config.correlation, "seed": config.seed}
-            data = load(config.data, config.data_file, **options)
+            data = load(config.data, config.data_file, config.test_file, **options)
             model = make_model(config, data)
             RowBatches(data.train, config.batch, config.seed)  # refuses a batch larger than the data
             workdir.open()

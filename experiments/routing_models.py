@@ -32,23 +32,29 @@ MODELS: dict[str, Callable[[Tasks, int, int, tuple[int, ...]], nn.Module]] = {
 }
 
 
-def load(name: str, data_file: str | None, *, group: str, correlation: float, seed: int) -> TaskData:
+def load(
+    name: str, data_file: str | None, test_file: str | None, *, group: str, correlation: float, seed: int
+) -> TaskData:
     """Loads data by name; `group` is for census, `correlation` for synthetic, `seed` for both and multimnist."""
-    if name == "synthetic":
-        if data_file is not None:
-            raise ValueError(f"--data-file is {data_file}, but synthetic data is made, not read; leave it out")
-        return standardise(synthetic_regression(correlation, rows=(10_000, 2_000, 10_000), seed=seed))
-    if name == "digits":
-        if data_file is not None:
-            raise ValueError(f"--data-file is {data_file}, but digits come with scikit-learn; leave it out")
-        return digit_tasks()
+    if name not in DATA:
+        raise ValueError(f"--data is {name!r}, expected one of {', '.join(DATA)}")
+    for field, path, readers in (("data", data_file, ("census", "multimnist")), ("test", test_file, ("census",))):
+        if path is not None and name not in readers:
+            raise ValueError(f"--{field}-file is {path}, but --data {name} reads no such file; leave it out")
     if name == "census":
         if data_file is None:
             raise ValueError("--data census needs --data-file with census-income.data or census-income.test of UCI")
-        return load_census(data_file, group=group, seed=seed)
-    if name == "multimnist":
-        return multi_mnist(data_file, seed=seed)
-    raise ValueError(f"--data is {name!r}, expected one of {', '.join(DATA)}")
+        data = load_census(data_file, test_file=test_file, group=group, seed=seed)
+    elif name == "multimnist":
+        data = multi_mnist(data_file, seed=seed)
+    elif name == "digits":
+        data = digit_tasks()
+    else:
+        data = standardise(synthetic_regression(correlation, rows=(10_000, 2_000, 10_000), seed=seed))
+    for split in (data.valid, data.test):  # a split that cannot be scored is refused now, not after the training
+        nothing = {task: np.zeros((split.rows, *kind.shape), np.float32) for task, kind in data.tasks.items()}
+        routing.task_scores(data.tasks, nothing, split.labels)
+    return data
 
 
 def standardise(data: TaskData) -> TaskData:
@@ -138,7 +144,7 @@ class Weighting:
             return routing.uncertainty(losses, params["weighting"], self.tasks), carry
         vector = jnp.stack([losses[name] for name in self.tasks])
         now = jax.lax.stop_gradient(vector)
-        if self.kind == "gradnorm":
+        if self.kind == "gradnorm":  # its paper takes the last shared layer; here everything but the towers
             initial = jnp.where(carry["step"] == 0, now, carry["initial"])
             shared = {name: leaves for name, leaves in params["network"].items() if not name.startswith("tower")}
 

@@ -31,7 +31,7 @@ from routing_runs import Figures, Group
 from hyperjax import routing, training
 from hyperjax.data import TaskData
 
-FREE = ("workdir", "data_file")  # a run may resume with other values of these
+FREE = ("workdir", "data_file", "test_file")  # a run may resume with other values of these
 # SNR-Trans whose gates cost nothing, and the same steered to a share of its connections.
 SNR = {"snr_dense": "snr_trans", "snr_sparse": "snr_trans"}
 NETWORKS = (*SNR, *(name for name in MODELS if name != "snr_trans"))
@@ -45,7 +45,8 @@ class Config:
     preset: str = "quick"  # quick or cpu
     data: str = "digits"  # synthetic, digits, census or multimnist
     workdir: str | None = None  # where the run is kept; None is runs/sweep_snr-PRESET-DATA-KIND
-    data_file: str | None = None  # census: the file of UCI; multimnist: an .npz of MNIST
+    data_file: str | None = None  # census: a file of UCI; multimnist: an .npz of MNIST
+    test_file: str | None = None  # census: census-income.test, if data_file is census-income.data
     group: str = "income"  # census: income or education, each with never married
     correlation: float = 0.5  # synthetic: cosine of the two tasks' weights
     models: tuple[str, ...] = ("snr_dense", "snr_sparse", "shared_bottom", "mmoe")  # networks to compare
@@ -72,8 +73,8 @@ def defaults(preset: str = "quick", data: str | None = None) -> Config:
     fields: dict[str, Any] = {}
     if preset == "cpu":
         models = ("snr_dense", "snr_sparse", "snr_aver", "shared_bottom", "mmoe")
-        fields = {"models": models, "seeds": 5, "search": 16, "search_seeds": 3, "steps": 3000, "batch": 256}
-        fields |= {"budgets": (6_000, 10_000, 16_000, 24_000), "search_budget": 16_000}
+        fields = {"models": models, "seeds": 5, "search": 16, "search_seeds": 2, "steps": 3000, "batch": 256}
+        fields |= {"budgets": (3_000, 6_000, 10_000, 16_000), "search_budget": 6_000}
     if preset == "cpu" and data == "census":
         budgets = (12_000, 24_000, 48_000, 96_000)
         fields |= {
@@ -112,7 +113,7 @@ def read_splits(config: Config) -> tuple[TaskData, dict[str, Any], bool]:
     own = config.data == "synthetic"
     options: dict[str, Any] = {"group": config.group, "correlation": config.correlation}
     seeds = range(config.seed, config.seed + config.seeds) if own else [config.seed]
-    draws = [load(config.data, config.data_file, seed=seed, **options) for seed in seeds]
+    draws = [load(config.data, config.data_file, config.test_file, seed=seed, **options) for seed in seeds]
 
     def rows(split) -> dict[str, Any]:
         encode, size = jax.jit(draws[0].encode), split.rows
@@ -153,7 +154,7 @@ def draw(config: Config, name: str) -> list[Figures]:
         low, high = np.log(config.learning_rates)
         values = {"beta": rng.uniform(0.5, 0.9), "gamma": rng.uniform(-1, -0.1), "zeta": rng.uniform(1.1, 2)}
         values |= {"learning_rate": float(np.exp(rng.uniform(low, high))), "l0": float(rng.choice(L0))}
-        values |= {"open": rng.uniform(0.5, 0.95), "ramp": rng.uniform(0.05, 0.4), "target": rng.uniform(0.2, 0.6)}
+        values |= {"open": rng.uniform(0.5, 0.95), "ramp": rng.uniform(0.05, 0.3), "target": rng.uniform(0.15, 0.5)}
         drawn.append(values | ({"l0": 0.0} if name == "snr_dense" else {}))
     return drawn
 

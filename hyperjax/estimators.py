@@ -143,6 +143,8 @@ def gumbel_softmax(key: Array, logits: Any, temperature: Any = 1.0, *, hard: boo
     logits, dtype = _widen(logits)
     noisy = logits + jax.random.gumbel(key, logits.shape, logits.dtype)
     noisy -= jax.lax.stop_gradient(noisy.max(axis, keepdims=True))  # before dividing: the quotient may overflow
+    lowest = jnp.finfo(noisy.dtype).min / 4
+    noisy = jnp.where(noisy == -jnp.inf, lowest, noisy)  # infinity times 0 in the temperature's gradient is NaN
     soft = jax.nn.softmax(noisy / temperature, axis)
     if hard:
         soft = _straight_through(_one_hot_max(noisy, axis), soft)
@@ -214,11 +216,13 @@ def threshold_mask(scores: Any, threshold: Any = 0.0, *, temperature: Any = 1.0)
         Shape and type of `scores`.
 
     Raises:
-        ValueError: the temperature is not above 0.
+        ValueError: the temperature is not above 0, or the threshold has a shape of its own.
     """
     _check_positive("temperature", temperature)
     scores, dtype = _widen(scores)
     gap = scores - jnp.asarray(threshold, scores.dtype)
+    if gap.shape != scores.shape:
+        raise ValueError(f"threshold has shape {jnp.shape(threshold)}, expected one that broadcasts to {scores.shape}")
     hard = (gap > 0).astype(gap.dtype)
     return _straight_through(hard, jax.nn.sigmoid(gap / temperature)).astype(dtype)
 
@@ -239,8 +243,8 @@ def top_k_mask(scores: Any, k: Any, *, temperature: Any = 1.0, axis: int = -1) -
         Shape and type of `scores`.
 
     Raises:
-        ValueError: k is no whole number of 0 to the length of the axis (seen only where it is no tracer), or the
-            temperature is not above 0.
+        ValueError: k is no whole number of 0 to the length of the axis (seen only where it is no tracer) or has a
+            shape of its own, or the temperature is not above 0.
     """
     _check_positive("temperature", temperature)
     scores, dtype = _widen(scores)
@@ -248,6 +252,9 @@ def top_k_mask(scores: Any, k: Any, *, temperature: Any = 1.0, axis: int = -1) -
     whole = f"a whole number of 0 to {length}, the length of axis {axis}"
     _check("k", k, lambda k: (k >= 0) & (k <= length) & (k == np.floor(k)), whole)
     k = jnp.asarray(k)
+    if k.ndim and (k.ndim != scores.ndim or k.shape[axis] != 1):
+        expected = f"a number, or {scores.ndim} axes with length 1 along axis {axis}"
+        raise ValueError(f"k has shape {k.shape} for scores {scores.shape}, expected {expected}")
     rank = jnp.argsort(jnp.argsort(-scores, axis, stable=True), axis)
     hard = (rank < k).astype(scores.dtype)
     finite = jnp.nan_to_num(scores, nan=jnp.finfo(scores.dtype).min)  # NaN and infinities: no gradient, not NaN
@@ -308,7 +315,7 @@ def reinforce(key: Array, logits: Any, loss_fn: Callable[[Array], Array], sample
     losses = jax.vmap(lambda gate: loss_fn(gate.astype(dtype)))(gates)
     if losses.ndim != 1:
         raise ValueError(f"loss_fn returns shape {losses.shape[1:]}, expected a scalar; take the mean of its result")
-    log_prob = jax.vmap(lambda gate: jnp.sum(gate * logits - jax.nn.softplus(logits)))(gates)
+    log_prob = jax.vmap(lambda gate: -jnp.sum(jax.nn.softplus(jnp.where(gate > 0, -logits, logits))))(gates)
     baseline = (losses.sum() - losses) / (samples - 1) if samples > 1 else jnp.zeros_like(losses)
     advantage = jax.lax.stop_gradient(losses - baseline)
     return losses.mean() + (advantage * (log_prob - jax.lax.stop_gradient(log_prob))).mean()

@@ -68,7 +68,7 @@ def test_closed_gates_have_the_share_and_no_task_is_lost():
 def test_networks_that_are_not_equal_are_not_timed(monkeypatch):
     config = bench.Config(**SIZES)
     ungated = bench.snr(config, bench.make_data(config), config.width, gates=None)
-    monkeypatch.setattr(bench, "multiplied_in", lambda model, variables: random_variables(ungated, 3))
+    monkeypatch.setattr(bench.routing, "fold_gates", lambda model, variables: (ungated, random_variables(ungated, 3)))
     with pytest.raises(AssertionError, match=r"the dense network is .* from the masked one"):
         bench.pruned(config, bench.make_data(config))
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from hyperjax.training.timing import compiled, in_turn
+from hyperjax.timing import compiled, in_turn
 
 
 def test_compiled_donates_what_it_is_told_to_and_takes_nothing_else():

@@ -76,7 +76,7 @@ class TaskData:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hex digest of the tasks and the splits: equal if and only if two runs see the same features and labels."""
+        """Hex digest of the tasks and of the splits' arrays, as they are before `encode`."""
         digest = hashlib.sha256(repr(self.tasks).encode())
         for split in (self.train, self.valid, self.test):
             for arrays in split:

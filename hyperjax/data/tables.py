@@ -200,7 +200,8 @@ class TableEncoder:
         moments = {}
         for name in numeric:
             values = _values(table, name, log)[rows]
-            moments[name] = (float(values.mean()), float(values.std()) or 1.0)
+            # The deviation of equal numbers is not always 0 but may be a rounding error, which is no scale.
+            moments[name] = (float(values.mean()), float(values.std()) if np.ptp(values) > 0 else 1.0)
         return cls(moments, frozenset(log), {name: Vocabulary.fit(table.columns[name], rows) for name in categorical})
 
     @functools.cached_property

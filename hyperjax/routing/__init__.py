@@ -13,6 +13,7 @@ from hyperjax.routing.baselines import PLE, CrossStitch, MMoE, MultiLevelMMoE, S
 from hyperjax.routing.budget import count_parameters, fit_width, flops
 from hyperjax.routing.compact import Compacted, compact, lost_tasks
 from hyperjax.routing.gates import HardConcrete
+from hyperjax.routing.serving import compare_serving, fold_gates
 from hyperjax.routing.snr import SNR, connection_sizes, served_gates, steerable_share
 from hyperjax.routing.tasks import (
     Binary,
@@ -54,12 +55,14 @@ __all__ = [
     "ascend",
     "check_labels",
     "compact",
+    "compare_serving",
     "connection_sizes",
     "count_parameters",
     "dynamic_average",
     "fit_width",
     "fixed",
     "flops",
+    "fold_gates",
     "gradnorm",
     "lagrangian",
     "lost_tasks",

@@ -26,8 +26,8 @@ class HardConcrete:
 
     Attributes:
         beta: temperature.
-        gamma: lower end of the stretch.
-        zeta: upper end of the stretch.
+        gamma: lower end of the stretch, below 0.
+        zeta: upper end of the stretch, at least 1.
         open: probability P(z != 0) that a gate starts with.
 
     Raises:

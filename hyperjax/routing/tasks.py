@@ -207,19 +207,13 @@ def task_losses(tasks: Mapping[str, Task], outputs: Mapping[str, Array], labels:
         Scalars by task, float32.
 
     Raises:
-        ValueError: a task has no output or no labels, or the labels have another shape.
+        ValueError: a task has no output or no labels, or one of another shape. A label out of range is not seen here,
+            where labels are traced, and makes the loss NaN: call `check_labels` on the data.
     """
     losses = {}
     for name, task in tasks.items():
-        for what, given in (("output", outputs), ("labels", labels)):
-            if name not in given:
-                raise ValueError(f"task {name!r} has no {what} and so no loss; give it, or leave the task out")
-        rows = outputs[name].shape[0]
-        if jnp.shape(labels[name]) != task.label_shape(rows):
-            raise ValueError(
-                f"labels of {name!r} have shape {jnp.shape(labels[name])}, expected {task.label_shape(rows)} of {task}"
-            )
-        losses[name] = task.loss(outputs[name], labels[name]).mean()
+        logits, wanted = _checked(name, task, outputs, labels)
+        losses[name] = task.loss(jnp.asarray(logits), jnp.asarray(wanted)).mean()
     return losses
 
 
@@ -227,16 +221,30 @@ def task_scores(tasks: Mapping[str, Task], outputs: Mapping[str, Any], labels: M
     """Scores of a split by "TASK_SCORE", as in "income_auc"; arguments as of `task_losses`, over the whole split.
 
     Raises:
-        ValueError: a task has no AUC or R2, because all its labels are equal.
+        ValueError: as `task_losses`; or a task has no AUC or R2, because all its labels are equal.
     """
     scores: dict[str, float] = {}
     for name, task in tasks.items():
+        logits, wanted = _checked(name, task, outputs, labels)
         try:
-            found = task.scores(np.asarray(outputs[name], np.float32), np.asarray(labels[name]))
+            found = task.scores(np.asarray(logits, np.float32), np.asarray(wanted))
         except ValueError as error:
             raise ValueError(f"task {name!r}: {error}") from None
         scores |= {f"{name}_{score}": value for score, value in found.items()}
     return scores
+
+
+def _checked(name: str, task: Task, outputs: Mapping[str, Any], labels: Mapping[str, Any]) -> tuple[Any, Any]:
+    """A task's output and labels, found to be there and to fit: mean losses hide a wrong shape by broadcasting."""
+    for what, given in (("output", outputs), ("labels", labels)):
+        if name not in given:
+            raise ValueError(f"task {name!r} has no {what} and so no loss; give it, or leave the task out")
+    shape, given = np.shape(outputs[name]), np.shape(labels[name])
+    if shape[:1] == () or shape[1:] != task.shape:
+        raise ValueError(f"output of {name!r} has shape {shape}, expected {('B', *task.shape)} of {task}")
+    if given != task.label_shape(shape[0]):
+        raise ValueError(f"labels of {name!r} have shape {given}, expected {task.label_shape(shape[0])} of {task}")
+    return outputs[name], labels[name]
 
 
 def _outside(labels: np.ndarray, most: int) -> str | None:
