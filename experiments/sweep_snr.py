@@ -11,6 +11,7 @@ connections, and serves what is left. The same command again goes on after the l
 """
 
 import dataclasses
+import json
 import math
 import operator
 import sys
@@ -205,6 +206,14 @@ def best_of(config: Config, name: str, rows: list[Figures]) -> Figures:
     return draw(config, name)[best]
 
 
+def check_data(path: Path, data: TaskData) -> None:
+    """Writes down what data a sweep began with, or raises ValueError if it was other data."""
+    mark = {"data": data.name, "fingerprint": data.fingerprint}
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != mark:
+        raise ValueError(f"the data {data.name} has changed since {path.parent} began; choose another --workdir")
+    training.write_json(path, mark)
+
+
 def summarise(config: Config, rows: list[Figures]) -> Figures:
     """Chosen settings; means and standard deviations over seeds, of size and test scores."""
     summary: Figures = {"data": config.data, "steps": config.steps}
@@ -275,6 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for budget in (*config.budgets, config.search_budget):
                     make(config, name, data, splits, own, budget)
             workdir.open()
+            check_data(workdir.path / "data.json", data)
     if workdir.summary is not None:
         print(f"{workdir.path} holds a finished run; choose another --workdir to run it again")
     else:
@@ -331,7 +341,8 @@ def run(config: Config, data: TaskData, splits, own: bool, workdir: training.Wor
     rows = training.read_lines(path)
     draw_figures(config, rows, workdir.path)
     clock = training.read_lines(times)
-    pace = {"trials_per_minute": round(float(np.nanmedian([row.get("trials_per_minute", np.nan) for row in clock])), 2)}
+    speeds = [row["trials_per_minute"] for row in clock if "trials_per_minute" in row]
+    pace = {"trials_per_minute": round(float(np.median(speeds)), 2)} if speeds else {}
     seconds = sum(row["seconds"] for row in clock) + time.perf_counter() - started
     largest = make(config, config.models[0], data, splits, own, max(config.budgets)).shapes()
     return {**summarise(config, rows), **pace, **training.environment(__file__, largest, config.seed, seconds)}

@@ -86,9 +86,9 @@ def test_five_steps_and_five_more_are_ten(trials, together):
 
 
 def test_every_row_is_drawn_about_as_often(trials):
-    _, metrics = train(trials, [0, 1, 2], 2000)
+    _, metrics = train(trials, [0, 1], 2000)  # two seeds
     counts = np.bincount(metrics["last"].ravel(), minlength=20)
-    np.testing.assert_allclose(counts, 300, atol=5 * np.sqrt(300))  # five standard deviations
+    np.testing.assert_allclose(counts, 200, atol=5 * np.sqrt(200))  # five standard deviations
 
 
 def test_hyperparameters_reach_initialization_loss_and_optimizer(trials, together):
