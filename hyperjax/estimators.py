@@ -220,9 +220,12 @@ def threshold_mask(scores: Any, threshold: Any = 0.0, *, temperature: Any = 1.0)
     """
     _check_positive("temperature", temperature)
     scores, dtype = _widen(scores)
-    gap = scores - jnp.asarray(threshold, scores.dtype)
-    if gap.shape != scores.shape:
-        raise ValueError(f"threshold has shape {jnp.shape(threshold)}, expected one that broadcasts to {scores.shape}")
+    level = jnp.asarray(threshold, scores.dtype)
+    try:
+        gap = scores - jnp.broadcast_to(level, scores.shape)
+    except ValueError:
+        message = f"threshold has shape {level.shape}, expected one that broadcasts to {scores.shape}"
+        raise ValueError(message) from None
     hard = (gap > 0).astype(gap.dtype)
     return _straight_through(hard, jax.nn.sigmoid(gap / temperature)).astype(dtype)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hyperjax import estimators as est
 from hyperjax.estimators import threshold_mask, top_k_mask
 
 SCORES = jnp.array([[0.5, -1.0, 2.0, 0.5, 0.5], [-0.0, 0.0, -3.0, 0.0, 1e-3]])
@@ -88,3 +89,29 @@ def test_gradients_are_those_of_the_soft_masks(compiled, temperature):
         soft = gradient(functools.partial(softmax, axis=axis, k=k))(SCORES, 0.0)[0]
         np.testing.assert_allclose(hard, soft, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(hard.sum(axis), 0, atol=1e-5)
+
+
+def test_shapes_that_would_broadcast_are_refused():
+    scores = jnp.zeros((3, 3))
+    with pytest.raises(ValueError, match=r"k has shape \(3,\) for scores \(3, 3\), expected a number, or 2 axes"):
+        est.top_k_mask(scores, np.array([1, 2, 3]))
+    np.testing.assert_array_equal(est.top_k_mask(scores, np.array([[1], [2], [3]])).sum(-1), [1, 2, 3])
+    with pytest.raises(ValueError, match=r"threshold has shape \(2, 1\), expected one that broadcasts to \(3,\)"):
+        est.threshold_mask(jnp.zeros(3), jnp.zeros((2, 1)))
+
+
+def test_a_choice_that_is_ruled_out_leaves_the_temperature_a_gradient():
+    logits, key = jnp.array([0.0, 1.0, -jnp.inf]), jax.random.key(0)
+    weights = jnp.arange(3.0)
+    soft, slope = jax.value_and_grad(lambda t: est.gumbel_softmax(key, logits, t) @ weights)(0.7)
+    near = [est.gumbel_softmax(key, logits, t) @ weights for t in (0.7 - 1e-2, 0.7 + 1e-2)]
+    assert np.isfinite(soft)
+    assert slope == pytest.approx(float(near[1] - near[0]) / 2e-2, rel=1e-2)
+
+
+def test_reinforce_of_certain_gates_is_finite():
+    logits = jnp.array([jnp.inf, -jnp.inf, 0.0])
+    loss, gradient = jax.value_and_grad(lambda l: est.reinforce(jax.random.key(0), l, jnp.sum, 4))(logits)
+    assert np.isfinite(loss)
+    np.testing.assert_array_equal(gradient[:2], 0.0)
+    assert np.isfinite(gradient[2])

@@ -163,3 +163,12 @@ def test_many_unseen_categories_are_cut_short(tmp_path):
     table = read_table(write(tmp_path / "d.csv", ["1, a, 0, S", *(f"1, {c}, 0, S" for c in "hgfedcb")]), COLUMNS)
     encoder = TableEncoder.fit(table, np.arange(1), [], ["colour"])
     assert encoder.unseen(table, np.arange(8)) == {"colour": "7 rows ('b', 'c', 'd', 'e', 'f', ...)"}
+
+
+def test_equal_numbers_have_no_scale(tmp_path):
+    path = tmp_path / "rows.csv"  # the deviation of these logarithms is a rounding error above 0
+    path.write_text("\n".join([*["5"] * 1001, "6"]) + "\n")
+    table = read_table(path, ("money",))
+    encoder = TableEncoder.fit(table, np.arange(1001), ["money"], [], log=["money"])
+    numbers = encoder.transform(table, np.array([0, 1001]))["numbers"]
+    np.testing.assert_allclose(numbers[:, 0], [0.0, np.log(7 / 6)], atol=1e-6)
