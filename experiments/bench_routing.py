@@ -40,7 +40,7 @@ class Config:
     features: int = 64  # width of the input
     levels: int = 3  # levels of sub-networks; layers of an expert of MMoE, and of the shared bottom
     subnetworks: int = 8  # sub-networks of each level; experts of MMoE
-    width: int = 64  # width of each sub-network of SNR; the others get the width that makes them equally large
+    width: int = 128  # width of each sub-network of SNR; the others get the width that makes them equally large
     tasks: int = 4  # binary tasks
     tower: int = 16  # hidden width of each task's tower
     batch: int = 512  # samples of a step

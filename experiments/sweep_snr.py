@@ -55,11 +55,11 @@ class Config:
     seeds: int = 2  # runs of each; synthetic data is drawn anew for each
     parts: int = 4  # sub-networks or experts in each of two levels
     towers: tuple[int, ...] = (8,)  # hidden widths of the towers
-    steps: int = 600  # updates of each run
+    steps: int = 400  # updates of each run
     batch: int = 128  # rows in a batch
     learning_rates: tuple[float, float] = (1e-3, 1e-2)  # of Adam, to choose from; falls to 0 over the second half
     gate_rate: float = 2e-2  # of Adam for log alpha
-    search: int = 8  # settings of each network to try at random
+    search: int = 6  # settings of each network to try at random
     search_seeds: int = 1  # runs of each setting
     search_budget: int = 12_000  # parameters of the networks to search with
     at_once: int = 16  # settings that train together
@@ -255,7 +255,8 @@ def draw_figures(config: Config, rows: list[Figures], path: Path) -> None:
                 tuple([row[key] for row in found] for key in ("params", "test_quality"))  # type: ignore[arg-type]
             )
     plot_quality(left, points, label=label)
-    left.set_title(f"{config.data}: mean ± standard deviation of {config.seeds} seeds", loc="left", fontsize=11)
+    kind = {"synthetic": f", correlation {config.correlation:g}", "census": f", {config.group}"}.get(config.data, "")
+    left.set_title(f"{config.data}{kind}: mean ± standard deviation of {config.seeds} seeds", loc="left", fontsize=11)
     for number, name in enumerate(config.models):
         trials = [row for row in rows if row.get("model") == name and "trial" in row and not row["failed"]]
         x, y = ([row[key] for row in trials] for key in ("params", "valid_quality"))

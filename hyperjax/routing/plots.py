@@ -197,7 +197,9 @@ def _moments(name: str, sizes: Any, scores: Any) -> tuple[float, ...] | None:
         raise ValueError(f"{name!r} has {len(x)} sizes and {len(y)} scores, expected one size, or one for each score")
     finite = np.isfinite(y)
     x, y = np.broadcast_to(x, y.shape)[finite], y[finite]
-    return (float(x.mean()), float(x.std()), float(y.mean()), float(y.std())) if len(y) else None
+    if not len(y):
+        return None
+    return float(x.mean()), float(x.std(ddof=len(x) > 1)), float(y.mean()), float(y.std(ddof=len(y) > 1))
 
 
 def _color(number: int) -> str:
