@@ -360,14 +360,16 @@ def _check(name: str, value: Any, good: Callable[[np.ndarray], Any], expected: s
 
 
 def _check_positive(name: str, value: Any) -> None:
-    _check(name, value, lambda v: v > 0, "above 0")
+    _check(name, value, lambda v: (v > 0) & np.isfinite(v), "above 0 and finite")
 
 
 def check_hard_concrete(beta: Any, gamma: Any, zeta: Any, open_probability: Any = None) -> None:
     """Raises the ValueError of `hard_concrete`, or of `hard_concrete_log_alpha` if a probability is given."""
     _check_positive("beta", beta)
-    _check("gamma", gamma, lambda g: g <= 0, f"0 or below: samples are clipped at 0, usual is {GAMMA}")
-    _check("zeta", zeta, lambda z: z >= 1, f"1 or above: samples are clipped at 1, usual is {ZETA}")
+    _check(
+        "gamma", gamma, lambda g: (g <= 0) & np.isfinite(g), f"0 or below: samples are clipped at 0, usual is {GAMMA}"
+    )
+    _check("zeta", zeta, lambda z: (z >= 1) & np.isfinite(z), f"1 or above: samples are clipped at 1, usual is {ZETA}")
     if open_probability is not None:
         inside = "inside of (0, 1), such as 0.9"
         _check("open_probability", open_probability, lambda p: (p > 0) & (p < 1), inside)

@@ -261,6 +261,8 @@ BAD = {
     "beta is nan, expected above 0": lambda: est.hard_concrete_l0(0.0, beta=np.nan),
     "beta is -1.0, expected above 0": lambda: est.hard_concrete_one(0.0, beta=np.linspace(-1, 1, 200)),
     "gamma is 0.1, expected 0 or below": lambda: est.hard_concrete_deterministic(0.0, gamma=0.1),
+    "zeta is inf, expected 1 or above": lambda: est.hard_concrete_l0(0.0, zeta=np.inf),
+    "gamma is -inf, expected 0 or below": lambda: est.hard_concrete_l0(0.0, gamma=-np.inf),
     "gamma is 0, expected below 0": lambda: est.hard_concrete_log_alpha(0.5, gamma=0),
     "zeta is 0.9, expected 1 or above": lambda: est.hard_concrete(KEY, 0.0, zeta=0.9),
     "open_probability is 1.0, expected inside of (0, 1)": lambda: est.hard_concrete_log_alpha([0.5, 1.0]),

@@ -257,7 +257,7 @@ def _values(table: Table, name: str, log: Sequence[str] | frozenset[str]) -> np.
 def _number(text: str) -> float:
     """Returns the number that a text is, or NaN if it is no finite one."""
     try:
-        value = float(text)
+        value = math.nan if "_" in text else float(text)  # Python alone reads 1_000 as 1000
     except ValueError:
         return math.nan
     return value if math.isfinite(value) else math.nan
