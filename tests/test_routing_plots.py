@@ -146,9 +146,9 @@ def test_quality_shows_means_and_deviations(axes):
     assert np.array_equal(snr.lines[0].get_xdata(), [1000, 4000])
     assert snr.lines[0].get_ydata() == pytest.approx([0.6, 0.85])
     across, up = (bar.get_segments() for bar in snr.lines[2])
-    assert across[1][:, 0] == pytest.approx([3000, 5000])
+    assert across[1][:, 0] == pytest.approx(4000 + np.std([3000, 5000], ddof=1) * np.array([-1, 1]))
     assert up[0][:, 1] == pytest.approx(0.6 + np.std([0.6, 0.7, 0.5], ddof=1) * np.array([-1, 1]))
-    assert up[1][:, 1] == pytest.approx([0.8, 0.9])
+    assert up[1][:, 1] == pytest.approx(0.85 + np.std([0.8, 0.9], ddof=1) * np.array([-1, 1]))
     assert not mmoe.lines[2]
     assert axes.get_xscale() == "log"
     assert (axes.get_ylabel(), axes.get_xlabel()) == ("AUC", "parameters served")
