@@ -120,6 +120,7 @@ def make_loss(config: Config, data: TaskData, model: nn.Module, weighting: Weigh
         losses, info = losses_of(params["network"])
         total, carry = weighting.total(params, carry, losses, lambda network: losses_of(network)[0])
         metrics = {f"{name}_loss": value for name, value in losses.items()}
+        metrics["task_loss"] = sum(losses.values(), jnp.zeros(()))
         if "l0" in info:
             total += config.l0 * ramp(carry["step"], config.steps) * info["l0"]
             metrics |= {name: info[name] for name in ("expected_share", "served_share")}
@@ -132,7 +133,7 @@ def make_loss(config: Config, data: TaskData, model: nn.Module, weighting: Weigh
 
 
 def make_scores(data: TaskData, model: nn.Module) -> Callable[[Any, str], dict[str, float]]:
-    """Returns scores(network, split): those of all tasks, with deterministic gates, and their mean `quality`."""
+    """Returns scores(network, split): those of all tasks, their mean `quality`, and the sum of the tasks' losses."""
     apply = jax.jit(lambda network, features: model.apply({"params": network}, data.encode(features))[0])
     block = 2048
 
@@ -146,7 +147,8 @@ def make_scores(data: TaskData, model: nn.Module) -> Callable[[Any, str], dict[s
             parts.append(jax.tree.map(np.asarray, apply(network, part)))
         outputs = {task: np.concatenate([part[task] for part in parts])[: split.rows] for task in data.tasks}
         found = routing.task_scores(data.tasks, outputs, split.labels)
-        return {"quality": quality(found, data.tasks), **found}
+        loss = sum(routing.task_losses(data.tasks, outputs, split.labels).values(), jnp.zeros(()))
+        return {"quality": quality(found, data.tasks), "task_loss": float(loss), **found}
 
     return scores
 
@@ -193,7 +195,7 @@ def run(config: Config, data: TaskData, model: nn.Module, workdir: training.Work
             gates = routing.served_gates(snr, {"params": state.params["network"]})
             files["gates"].write(int(state.step), **{name: z.tolist() for name, z in gates.items()})
             files["gates"].sync()
-        return {"valid_error": 1 - found.pop("quality"), **found}
+        return {"valid_error": 1 - found.pop("quality"), "valid_task_loss": found.pop("task_loss"), **found}
 
     with checkpoints, files["metrics"], files["timings"], files["gates"]:
         state = training.fit(
@@ -221,9 +223,8 @@ def run(config: Config, data: TaskData, model: nn.Module, workdir: training.Work
     summary = {"model": config.model, "data": data.name, "weighting": config.weighting, **found}
     if snr is not None:
         summary |= serve(snr, network, data, workdir)
-    title = f"{config.model} on {data.name}"
-    label = "training loss; validation: 1 - quality"
-    options = {"train": "loss", "valid": "valid_error", "label": label, "title": title}
+    label, title = "sum of the tasks' losses", f"{config.model} on {data.name}"
+    options = {"train": "task_loss", "valid": "valid_task_loss", "label": label, "title": title}
     training.plot_curves(files["metrics"].path, workdir.path / "curves.png", **options)
     seconds = training.seconds(resumed, started)
     return {**summary, **training.environment(__file__, network, config.seed, seconds)}

@@ -87,6 +87,7 @@ def test_a_run_leaves_what_it_should(finished, capsys):
     valid = [row for row in rows if "valid_error" in row]
     assert [row["step"] for row in valid] == [5, 10, 14]
     assert valid[-1]["valid_error"] == pytest.approx(1 - summary["valid_quality"])
+    assert valid[-1]["valid_task_loss"] == pytest.approx(summary["valid_task_loss"])
     total = [sum(row[f"{task}_loss"] for task in ("class", "parity", "at_least_5", "loop")) for row in rows[:1]]
     assert total[0] < rows[0]["loss"] < total[0] + 1e-3 * 12  # and lambda times the gates that are open
     gates = training.read_lines(finished / "gates.jsonl")

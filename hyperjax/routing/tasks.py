@@ -195,7 +195,7 @@ def check_labels(tasks: Mapping[str, Task], labels: Mapping[str, Any]) -> None:
             raise ValueError(f"labels of {name!r} hold {problem} for {task}")
 
 
-def task_losses(tasks: Mapping[str, Task], outputs: Mapping[str, Array], labels: Mapping[str, Array]) -> dict[str, Any]:
+def task_losses(tasks: Mapping[str, Task], outputs: Mapping[str, Any], labels: Mapping[str, Any]) -> dict[str, Any]:
     """The mean loss of each task.
 
     Args:
