@@ -232,7 +232,8 @@ def run(config: Config, data: TaskData, model: nn.Module, workdir: training.Work
 
 def serve(model: routing.SNR, network: Any, data: TaskData, workdir: training.Workdir) -> dict[str, Any]:
     """Compacts the network and measures what that saves; draws its routing and its gates over time."""
-    from hyperjax.routing.plots import plot_gates, plot_routing, save
+    from hyperjax.plotting import save
+    from hyperjax.routing.plots import plot_gates, plot_routing
 
     if model.per == "sample":
         training.say("gates of this network depend on the sample: nothing can be cut out, and no routing be drawn")

@@ -242,7 +242,8 @@ def draw_figures(config: Config, rows: list[Figures], path: Path) -> None:
     """Quality against size; beside it the random search."""
     from matplotlib.figure import Figure
 
-    from hyperjax.routing.plots import COLORS, plot_quality, save
+    from hyperjax.plotting import COLORS, save
+    from hyperjax.routing.plots import plot_quality
 
     figure = Figure(figsize=(11.5, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -2,11 +2,12 @@
 
 The wings: `hyperjax.hypernet` (hypernetworks for any target network), `hyperjax.recurrent` (HyperLSTM and its
 baselines) and `hyperjax.routing` (multi-task networks that learn what to share). Under them `hyperjax.estimators`
-(discrete choices with gradients). Beside them `hyperjax.data` (text, images, tables) and `hyperjax.training` (loop,
-checkpoints, workdirs), which the scripts in `experiments/` are made of.
+(discrete choices with gradients) and `hyperjax.budget` (what a network costs, and how it is held to a budget). Beside
+them `hyperjax.data` (text, images, tables) and `hyperjax.training` (loop, checkpoints, workdirs), which the scripts in
+`experiments/` are made of.
 """
 
-from hyperjax import estimators, hypernet, initializers, recurrent, routing
+from hyperjax import budget, estimators, hypernet, initializers, recurrent, routing
 from hyperjax.hypernet import (
     MLP,
     Chunked,
@@ -46,6 +47,7 @@ __all__ = [
     "PerTask",
     "Scale",
     "SeparableMLP",
+    "budget",
     "compact",
     "estimators",
     "generate",

@@ -1,5 +1,6 @@
 """The baselines against loops in NumPy, against each other where they coincide, and what their gradients touch."""
 
+import functools
 import itertools
 
 import flax.linen as nn
@@ -8,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hyperjax.budget import count_parameters
 from hyperjax.routing.baselines import PLE, CrossStitch, MMoE, MultiLevelMMoE, SharedBottom, SingleTask
-from hyperjax.routing.budget import count_parameters
 from hyperjax.routing.tasks import Binary, MultiClass, Regression, task_losses
 
 TASKS = {"b": Binary(), "a": MultiClass(3), "c": Regression(2)}  # not in alphabetical order, on purpose
@@ -35,6 +36,12 @@ def variables_of(model, seed=0):
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), X)
     draw = np.random.default_rng(seed).normal
     return jax.tree.map(lambda leaf: (0.7 * draw(size=leaf.shape)).astype(np.float32), shapes)
+
+
+@functools.cache
+def compiled(n):
+    """MODELS[n], compiled once for all tests."""
+    return jax.jit(MODELS[n].apply)
 
 
 def mlp(group, index, v):
@@ -92,7 +99,7 @@ def mixtures_of(model, p, x):
 def test_equals_loops_in_numpy(model):
     variables = variables_of(model)
     outputs, info = model.apply(variables, X, key=jax.random.key(3))
-    jitted, _ = jax.jit(model.apply)(variables, X)
+    jitted, _ = compiled(MODELS.index(model))(variables, X)
     params = variables["params"]
     mixtures = [mixtures_of(model, params, x) for x in X]
     assert set(outputs) == set(TASKS)
@@ -130,7 +137,7 @@ def test_parameter_counts_follow_the_formulas():
 
 @each
 def test_info_holds_gates_that_sum_to_one(model):
-    _, info = jax.jit(model.apply)(variables_of(model), X)
+    _, info = compiled(MODELS.index(model))(variables_of(model), X)
     gates = jax.tree.leaves([info.get("gates"), info.get("shared_gates")])
     assert bool(gates) == isinstance(model, (MMoE, MultiLevelMMoE, PLE))
     for gate in gates:
@@ -204,23 +211,29 @@ def test_order_of_the_tasks_outlives_transforms():
 
 @each
 def test_towers_read_mixtures_of_their_own(model):
-    _, info = jax.jit(model.apply)(variables_of(model, 1), X)
+    _, info = compiled(MODELS.index(model))(variables_of(model, 1), X)
     a, b, c = (info["mixtures"][name] for name in ("a", "b", "c"))
     least = min(np.abs(a - b).max(), np.abs(a - c).max(), np.abs(b - c).max())
     assert least == 0 if isinstance(model, SharedBottom) else least > 1e-3
 
 
-def gradient_of(model, name):
-    def loss(variables):
-        return task_losses(TASKS, model.apply(variables, X)[0], LABELS)[name]
+@functools.cache
+def gradients_of(n):
+    """Those of each task's loss in MODELS[n], by task."""
+    model = MODELS[n]
 
-    return jax.jit(jax.grad(loss))(variables_of(model))["params"]
+    @jax.jit
+    @jax.jacrev
+    def losses(variables):
+        return task_losses(TASKS, model.apply(variables, X)[0], LABELS)
+
+    return {name: gradient["params"] for name, gradient in losses(variables_of(model)).items()}
 
 
 @pytest.mark.parametrize(("t", "name"), list(enumerate(sorted(TASKS))))
 def test_gradient_spares_what_is_private_to_other_tasks(t, name):
-    single = gradient_of(MODELS[0], name)["bottom"]["kernel_0"]
-    cgc = gradient_of(MODELS[6], name)
+    single = gradients_of(0)[name]["bottom"]["kernel_0"]
+    cgc = gradients_of(6)[name]
     private = np.asarray(cgc["private_0"]["kernel_0"]).reshape(T, -1)
     for touched in (np.asarray(single).reshape(T, -1), private, np.asarray(cgc["gates_0"]["kernel"]).reshape(T, -1)):
         assert [bool(np.abs(part).max() > 0) for part in touched] == [other == t for other in range(T)]
@@ -228,7 +241,7 @@ def test_gradient_spares_what_is_private_to_other_tasks(t, name):
 
 
 def test_gradient_of_ple_spares_the_last_level_of_others_only():
-    gradient = gradient_of(MODELS[5], "a")
+    gradient = gradients_of(5)["a"]
     last = np.asarray(gradient["private_2"]["kernel_0"]).reshape(T, -1)
     first = np.asarray(gradient["private_0"]["kernel_0"]).reshape(T, -1)
     assert [bool(np.abs(part).max() > 0) for part in last] == [True, False, False]

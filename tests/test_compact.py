@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hyperjax.routing.budget import flops
+from hyperjax.budget import flops
 from hyperjax.routing.compact import compact, lost_tasks
 from hyperjax.routing.gates import HardConcrete
 from hyperjax.routing.snr import SNR, connection_sizes, normalise

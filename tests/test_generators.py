@@ -36,7 +36,8 @@ def native():
     for name, (model, shape) in TARGETS.items():
         inputs = x(*shape)
         keys = jax.random.split(KEY, TASKS)
-        many = [jax.jit(model.init)(key, inputs) for key in keys]
+        init = jax.jit(model.init)
+        many = [init(key, inputs) for key in keys]
         run = jax.jit(lambda variables, model=model, inputs=inputs: jnp.std(model.apply(variables, inputs)))
         leaves = [structure(variables["params"]).flatten(variables["params"]) for variables in many]
         found[name] = (
@@ -94,7 +95,7 @@ def test_stacked_and_constant_matrices_start_as_they_are():
             generator=generator,
         )
         variables = jax.jit(lambda key, hyper=hyper: hyper.init(key, x(2, 16)))(KEY)
-        made = hyper.generate(variables)
+        made = jax.jit(hyper.generate)(variables)
         if not isinstance(generator, hj.Scale):  # whose factors differ from 1, as they must for tasks to differ
             np.testing.assert_allclose(made["scale"], 1.0, atol=1e-6)
         np.testing.assert_allclose(made["zero"], 0.0, atol=1e-6)

@@ -11,8 +11,9 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
+from hyperjax.plotting import COLORS, GREY, INK, save
 from hyperjax.routing import SNR, Binary, MultiClass
-from hyperjax.routing.plots import COLORS, GREY, INK, plot_gates, plot_quality, plot_routing, save
+from hyperjax.routing.plots import plot_gates, plot_quality, plot_routing
 
 TASKS = {"class": MultiClass(3), "parity": Binary()}
 LEVELS = ((2, 2, 2), (2, (2, 3)))

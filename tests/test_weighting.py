@@ -8,12 +8,9 @@ import pytest
 
 from hyperjax.routing.tasks import Binary, MultiClass, Regression
 from hyperjax.routing.weighting import (
-    Multipliers,
-    ascend,
     dynamic_average,
     fixed,
     gradnorm,
-    lagrangian,
     task_gradient_norms,
     uncertainty,
 )
@@ -177,47 +174,3 @@ def test_dynamic_average_by_hand():
 def test_bad_vectors_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_lagrangian_and_its_gradients():
-    def of(size, linear, quadratic):
-        return lagrangian(size, 0.5, Multipliers(linear, quadratic))
-
-    assert of(0.8, 2.0, 3.0) == pytest.approx(2 * 0.3 + 3 * 0.09, rel=1e-6)
-    np.testing.assert_allclose(jax.grad(of, argnums=(0, 1, 2))(0.8, 2.0, 3.0), [2 + 6 * 0.3, 0.3, 0.09], rtol=1e-5)
-    assert lagrangian(jnp.float32(0.8), 0.5, Multipliers.zeros()) == 0
-    assert lagrangian(jnp.ones(7), 0.5, Multipliers.zeros((7,))).shape == (7,)
-
-
-def test_ascend_climbs_where_the_optimizer_descends():
-    params, gradient = {"a": jnp.array([1.0, -2.0])}, {"a": jnp.array([0.5, 0.1])}
-    up, down = ascend(optax.sgd(0.1)), optax.sgd(0.1)
-    changes = [opt.update(gradient, opt.init(params), params)[0]["a"] for opt in (up, down)]
-    np.testing.assert_allclose(changes[0], -changes[1])
-    np.testing.assert_allclose(changes[0], [0.05, 0.01])
-
-
-@pytest.mark.parametrize("goal", [0.3, 0.7])
-def test_lagrangian_steers_a_size_to_its_target(goal):
-    # sixteen gates, each worth keeping by another amount
-    worth = jnp.linspace(0.02, 0.3, 16)
-
-    def loss(params, step):
-        gates = jax.nn.sigmoid(params["model"])
-        return -worth @ gates + lagrangian(gates.mean(), target(step), params["multipliers"])
-
-    def step(carry, step):
-        params, state = carry
-        change, state = optimizer.update(jax.grad(loss)(params, step), state, params)
-        return (optax.apply_updates(params, change), state), jax.nn.sigmoid(params["model"]).mean()
-
-    target = optax.linear_schedule(1.0, goal, 500)
-    optimizer = optax.partition(
-        {"descend": optax.adam(0.03), "ascend": ascend(optax.adam(0.03))},
-        {"model": "descend", "multipliers": "ascend"},
-    )
-    params = {"model": jnp.full(16, 2.0), "multipliers": Multipliers.zeros()}
-    run = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(3000)))
-    (params, _), sizes = run((params, optimizer.init(params)))
-    np.testing.assert_allclose(sizes[-300:], goal, rtol=0.02)
-    assert params["multipliers"].quadratic > 0

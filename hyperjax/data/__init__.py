@@ -16,6 +16,7 @@ from hyperjax.data.multitask_images import digit_tasks, multi_mnist
 from hyperjax.data.streams import Streams, evaluation_windows
 from hyperjax.data.tables import Table, TableEncoder, Vocabulary, read_table
 from hyperjax.data.text import Corpus, load_corpus
+from hyperjax.data.text_classes import TextBatches, TextClasses, text_classes
 
 __all__ = [
     "UNKNOWN",
@@ -29,6 +30,8 @@ __all__ = [
     "TableEncoder",
     "TaskData",
     "TaskSplit",
+    "TextBatches",
+    "TextClasses",
     "Vocabulary",
     "digit_tasks",
     "evaluation_windows",
@@ -44,4 +47,5 @@ __all__ = [
     "rotate",
     "select_classes",
     "synthetic_regression",
+    "text_classes",
 ]

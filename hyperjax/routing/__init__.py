@@ -9,8 +9,8 @@ outputs, info = model.apply(variables, x)  # evaluation: gates are deterministic
 small = compact(model, variables)  # what is left to serve: small.model.apply(small.variables, x)
 """
 
+from hyperjax.budget import Multipliers, ascend, count_parameters, fit_width, flops, lagrangian
 from hyperjax.routing.baselines import PLE, CrossStitch, MMoE, MultiLevelMMoE, SharedBottom, SingleTask
-from hyperjax.routing.budget import count_parameters, fit_width, flops
 from hyperjax.routing.compact import Compacted, compact, lost_tasks
 from hyperjax.routing.gates import HardConcrete
 from hyperjax.routing.serving import compare_serving, fold_gates
@@ -26,12 +26,9 @@ from hyperjax.routing.tasks import (
     task_scores,
 )
 from hyperjax.routing.weighting import (
-    Multipliers,
-    ascend,
     dynamic_average,
     fixed,
     gradnorm,
-    lagrangian,
     task_gradient_norms,
     uncertainty,
 )

@@ -11,35 +11,17 @@ Each draws on axes that the caller gives, and returns them:
 I readers, J sources of a connection, T tasks, S seeds, n logged steps.
 """
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hyperjax.plotting import COLORS, GREY, INK, MARKERS, PALE
 from hyperjax.routing.pathways import trace
 from hyperjax.routing.snr import SNR, normalise, served_gates
 from hyperjax.routing.towers import tower_widths
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, and that stand out on white.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#332288")
-MARKERS = "osD^vPX*"
-INK, GREY, PALE = "#333333", "#9a9a9a", "#f4f4f4"
 HEIGHT, INPUT = 0.34, 0.3  # height of a box, and where the input is: levels are 1 apart, the first at 1
-
-
-def save(figure: Any, path: str | os.PathLike) -> None:
-    """Writes a matplotlib figure as PNG in one step: after a kill the file is the old one or the new one."""
-    with tempfile.NamedTemporaryFile(dir=Path(path).parent, suffix=".png", delete=False) as file:
-        try:
-            figure.savefig(file, format="png", dpi=150)
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
 
 
 def plot_routing(axes: Any, model: SNR, variables: Mapping[str, Any]) -> Any:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hyperjax.routing.budget import flops
+from hyperjax.budget import flops
 from hyperjax.routing.compact import Compacted
 from hyperjax.routing.gates import scale_blocks
 from hyperjax.routing.snr import SNR, normalise, reader_widths, served_gates

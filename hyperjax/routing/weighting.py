@@ -1,7 +1,6 @@
-"""How the losses of several tasks become one, and how a size is steered to a target: pure functions.
+"""How the losses of several tasks become one: pure functions.
 
-Optax has none of the weightings; what it has is used: its optimisers train theta, the log variances and the
-multipliers, and a ramp of the target is `optax.linear_schedule(start, end, steps)`.
+Optax has none of the weightings; what it has is used: its optimisers train theta and the log variances.
 
 Where arrays are [T], the order of the tasks is the caller's, the same in all of them.
 T tasks.
@@ -9,7 +8,7 @@ T tasks.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -150,52 +149,6 @@ def dynamic_average(recent: Array, earlier: Array, temperature: Any = 2.0) -> Ar
     _check_positive("earlier", earlier)
     _check_positive("temperature", temperature)
     return jax.lax.stop_gradient(len(recent) * jax.nn.softmax(recent / earlier / temperature))
-
-
-class Multipliers(NamedTuple):
-    """The two multipliers of `lagrangian`, arrays of one shape."""
-
-    linear: Any
-    quadratic: Any
-
-    @classmethod
-    def zeros(cls, shape: tuple[int, ...] = ()) -> "Multipliers":
-        """Where they start."""
-        return cls(jnp.zeros(shape), jnp.zeros(shape))
-
-
-def lagrangian(size: Array, target: Any, multipliers: Multipliers) -> Array:
-    """Steers a size to a target: l1 (size - target) + l2 (size - target)^2, added to the loss.
-
-    The network descends on it and the multipliers ascend, by one gradient and one Optax transformation:
-
-        params = {"model": variables["params"], "multipliers": Multipliers.zeros()}
-        optimizer = optax.partition(
-            {"descend": optax.adam(1e-3), "ascend": ascend(optax.adam(1e-2))},
-            {"model": "descend", "multipliers": "ascend"},
-        )
-        target = optax.linear_schedule(1.0, 0.5, 1000)
-        loss = task_loss + lagrangian(expected_share, target(step), params["multipliers"])
-
-    Args:
-        size: what is to be steered, best as a share of the full size.
-        target: what it should become, in the same unit.
-        multipliers: l1 and l2.
-
-    Returns:
-        A scalar for scalars.
-
-    Reference:
-        Xia, Zhong, Chen, "Structured Pruning Learns Compact and Accurate Models" (CoFi), ACL 2022, section 3;
-        after Wang, Wohlwend, Lei, "Structured Pruning of Large Language Models", EMNLP 2020.
-    """
-    excess = size - target
-    return multipliers.linear * excess + multipliers.quadratic * jnp.square(excess)
-
-
-def ascend(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Returns the optimiser that climbs where `optimizer` descends."""
-    return optax.chain(optax.scale(-1.0), optimizer)
 
 
 def _check_names(losses: Mapping[str, Any], given: Mapping[str, Any], what: str) -> None:

@@ -1,19 +1,25 @@
-"""What a network costs, in parameters and in floating-point operations, and the width that meets a budget.
+"""What a network costs, the width that meets a budget, and the Lagrangian that steers to a target.
 
-Nothing here computes or compiles: shapes are enough. Inputs may be arrays or `jax.ShapeDtypeStruct`s.
+Costs are parameters and floating-point operations. Counting them computes and compiles nothing: shapes are enough, so
+inputs may be arrays or `jax.ShapeDtypeStruct`s. A ramp of the Lagrangian's target is
+`optax.linear_schedule(start, end, steps)`; Optax's optimisers train its multipliers.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import optax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
 from hyperjax import paramtree
+
+Array = jax.Array
 
 OPAQUE = ("while", "pallas_call", "shard_map")  # how often these run what they hold is not to be read off
 
@@ -85,6 +91,52 @@ def fit_width(
             f"within {tolerance:.0%}; change the budget, the other sizes of the network, or tolerance"
         )
     return make(best)
+
+
+class Multipliers(NamedTuple):
+    """The two multipliers of `lagrangian`, arrays of one shape."""
+
+    linear: Any
+    quadratic: Any
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...] = ()) -> "Multipliers":
+        """Where they start."""
+        return cls(jnp.zeros(shape), jnp.zeros(shape))
+
+
+def lagrangian(size: Array, target: Any, multipliers: Multipliers) -> Array:
+    """Steers a size to a target: l1 (size - target) + l2 (size - target)^2, added to the loss.
+
+    The network descends on it and the multipliers ascend, by one gradient and one Optax transformation:
+
+        params = {"model": variables["params"], "multipliers": Multipliers.zeros()}
+        optimizer = optax.partition(
+            {"descend": optax.adam(1e-3), "ascend": ascend(optax.adam(1e-2))},
+            {"model": "descend", "multipliers": "ascend"},
+        )
+        target = optax.linear_schedule(1.0, 0.5, 1000)
+        loss = task_loss + lagrangian(expected_share, target(step), params["multipliers"])
+
+    Args:
+        size: what is to be steered, best as a share of the full size.
+        target: what it should become, in the same unit.
+        multipliers: l1 and l2.
+
+    Returns:
+        A scalar for scalars.
+
+    Reference:
+        Xia, Zhong, Chen, "Structured Pruning Learns Compact and Accurate Models" (CoFi), ACL 2022, section 3;
+        after Wang, Wohlwend, Lei, "Structured Pruning of Large Language Models", EMNLP 2020.
+    """
+    excess = size - target
+    return multipliers.linear * excess + multipliers.quadratic * jnp.square(excess)
+
+
+def ascend(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Returns the optimiser that climbs where `optimizer` descends."""
+    return optax.chain(optax.scale(-1.0), optimizer)
 
 
 def _count(jaxpr: core.Jaxpr) -> int:

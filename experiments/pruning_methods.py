@@ -1,0 +1,206 @@
+"""The networks of dynamic_pruning.py: how each is made for a budget, trained, and served.
+
+A budget is a share of the dense network's operations. `small` is a narrower dense network, `thin` one of full width
+with fewer heads and hidden units; `random_X` is X with gates drawn at random instead of learned.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from pruning_tasks import Task
+
+from hyperjax import estimators, paramtree, pruning, training
+from hyperjax.pruning import Buckets, Experts, Gated, GumbelSigmoid, HardConcrete, MixtureOfDepths, TopK, costs
+from hyperjax.transformer import Config, Decoder, Encoder, Gates
+
+Array = jax.Array
+STEERED = ("static", "sequence", "layers", "token")  # a Lagrangian leads them to the budget; others keep a fixed number
+RANDOM = ("random_static", "random_sequence", "random_mod", "random_experts")
+METHODS = ("dense", "small", "thin", *STEERED, "mod", "experts", "expert_choice", *RANDOM)
+MASKED = {"token": True}
+BALANCE, Z, PREDICTOR = 1e-2, 1e-3, 1.0  # weights of the losses of routers
+
+
+class Plain(nn.Module):
+    """A Transformer without gates, called as the others are."""
+
+    config: Config
+    causal: bool = True
+
+    def setup(self) -> None:
+        self.model = (Decoder if self.causal else Encoder)(self.config)
+
+    def __call__(
+        self, tokens: Array, key: Array | None = None, *, mask: Array | None = None, temperature: Any = 1.0
+    ) -> dict[str, Any]:
+        """What the Transformer returns, and a `share` of 1."""
+        options: dict[str, Any] = {"key": key} if mask is None else {"key": key, "mask": mask}
+        return {**self.model(tokens, **options), "gates": Gates(), "share": jnp.ones(()), "losses": {}}
+
+
+def build(name: str, config: Config, task: Task, budget: float, seed: int, blocks: int) -> nn.Module:
+    """The network of a method, as near to the budget as its sizes allow; steered ones get there in training."""
+    common: dict[str, Any] = {"config": config, "causal": task.causal}
+    random = seed if name.startswith("random") else None
+    kind = name.removeprefix("random_")
+    if kind in ("dense", "small", "thin"):
+        fitted = {"small": narrower, "thin": thinner}.get(kind, lambda config, *_: config)
+        return Plain(fitted(config, budget, task), task.causal)
+    prompt = {"prompt": task.prompt} if task.causal else {}
+    if kind == "sequence":
+        extra = {} if random is None else {"seed": seed, "budget": budget}
+        return Buckets(**common, **prompt, **extra, blocks=blocks)
+    if kind == "layers":
+        return Gated(**common, prune=("layers",), per="token", choice=GumbelSigmoid(start=0.9))
+    if kind == "token":
+        return Gated(**common, per="token", choice=GumbelSigmoid(start=0.9), blocks=blocks)
+    if kind == "static" and random is None:
+        return Gated(**common, choice=HardConcrete(start=0.9), blocks=blocks)
+
+    def share(model: Any) -> float:
+        """Of a network that keeps a fixed number, found from shapes alone."""
+        whole = costs(config, task.length, causal=task.causal)
+        if isinstance(model, MixtureOfDepths):
+            part = model.chosen(task.length) / task.length
+            tokens = jnp.asarray([[[part if l in routed else 1.0]] for l in range(config.layers)])
+            return float(pruning.share(whole, Gates(tokens=tokens))[0])
+        heads, kept = (whole.heads[0], model.chosen) if isinstance(model, Experts) else (0, 0)
+        if isinstance(model, Gated):
+            heads, kept = (model.choice.number(n) for n in (whole.heads[0], blocks))
+        gates = Gates(heads=jnp.ones((config.layers, heads)), blocks=jnp.full((config.layers, 1), kept / blocks))
+        return float(pruning.share(whole, gates))
+
+    routed = tuple(range(1, config.layers, 2))
+    made: dict[str, Callable[[int], nn.Module]] = {
+        "static": lambda n: Gated(**common, choice=TopK(n / blocks), blocks=blocks, seed=random),
+        "mod": lambda n: MixtureOfDepths(**common, keep=n / task.length, seed=random),
+        "experts": lambda n: Experts(**common, blocks=blocks, keep=n, seed=random),
+        "expert_choice": lambda n: Experts(**common, blocks=blocks, keep=n, routing="expert", seed=random),
+    }
+    numbers = range(1, (task.length if kind == "mod" else blocks) + 1)
+    candidates = [made[kind](n) for n in numbers]
+    best = min(candidates, key=lambda model: abs(share(model) - budget))
+    if abs(share(best) - budget) > 0.1:
+        low, high = share(candidates[0]), share(candidates[-1])
+        raise ValueError(f"--budgets has {budget}, expected {low:.2f} to {high:.2f} for {name}, which prunes no more")
+    return best
+
+
+def narrower(config: Config, budget: float, task: Task) -> Config:
+    """The dense network of a share of the operations, of the shape nearest to the original's."""
+    heads, ratio = config.heads_by_layer[0], config.ffn_by_layer[0] / config.width
+    found = []
+    for width in range(2 * heads, config.width + 1, 2 * heads):
+        sized = dataclasses.replace(config, width=width, head_width=None)
+        found.append((sized, _fit_ffn(sized, budget, task, config)))
+    fits = [(abs(f / sized.width - ratio), dataclasses.replace(sized, ffn=f)) for sized, f in found if f]
+    return min(fits, key=lambda pair: pair[0])[1]
+
+
+def thinner(config: Config, budget: float, task: Task) -> Config:
+    """The dense network of full width and a share of the operations, its heads and hidden units alike fewer."""
+    whole, ffn = config.heads_by_layer[0], config.ffn_by_layer[0]
+    found = []
+    for heads in range(1, whole + 1):
+        sized = dataclasses.replace(config, heads=heads, head_width=config.head_size)
+        units = _fit_ffn(sized, budget, task, config)
+        if units:
+            found.append((abs(heads / whole - units / ffn), dataclasses.replace(sized, ffn=units)))
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def _fit_ffn(sized: Config, budget: float, task: Task, dense: Config) -> int:
+    """Hidden units that bring a network to the budget, in steps of 4; 0 if there are none."""
+    wanted = budget * costs(dense, task.length, causal=task.causal).total
+    base, four = (costs(dataclasses.replace(sized, ffn=ffn), task.length, causal=task.causal).total for ffn in (4, 8))
+    units = 4 + 4 * round((wanted - base) / (four - base))
+    return max(0, units)
+
+
+def auxiliary(out: dict[str, Any]) -> Array:
+    """The weighted losses of the routers."""
+    weights = {"balance": BALANCE, "z": Z, "predictor": PREDICTOR}
+    return sum((weights[name] * value for name, value in out["losses"].items()), jnp.zeros(()))
+
+
+def router_share(network: Any, config: Config, task: Task, name: str) -> float:
+    """What the routers themselves cost, as a share of the dense network's operations."""
+    routers = {key: value for key, value in network.items() if key != "model"}
+    positions = {"static": 0, "random_static": 0, "sequence": 1}.get(name, task.length)
+    return 2 * paramtree.count(routers) * positions / costs(config, task.length, causal=task.causal).total
+
+
+def make_optimizer(config: Any) -> optax.GradientTransformation:
+    """AdamW with warm-up and a cosine for the network, a faster Adam for static gates, ascent for the multipliers."""
+
+    def label(path: Any, _: Any) -> str:
+        names = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+        if names.startswith("multipliers"):
+            return "multipliers"
+        return "gates" if "routers" in names and names.endswith("logits") else "network"
+
+    warm = max(1, min(100, config.steps // 10))
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, warm, config.steps, 0.05 * config.learning_rate
+    )
+    network = optax.adamw(rate, b2=0.98, weight_decay=config.weight_decay)
+    return optax.partition(
+        {
+            "network": optax.chain(optax.clip_by_global_norm(config.clip), network),
+            "gates": optax.adam(training.schedule(config.gate_rate, config.steps, 0.5)),
+            "multipliers": pruning.ascend(optax.sgd(config.multiplier_rate)),
+        },
+        lambda params: jax.tree_util.tree_map_with_path(label, params),
+    )
+
+
+def temperature(steps: int) -> optax.Schedule:
+    """From 1 to 0.5 over four fifths of the run."""
+    return estimators.exponential_temperature(math.log(2) / (0.8 * steps))
+
+
+def served(name: str, model: nn.Module, variables: Any, task: Task) -> tuple[Any, Callable[..., Array], bool]:
+    """How a trained network answers: what it needs, a function (that, tokens, mask) -> logits, and whether it saves.
+
+    The last is False where gates only multiply: such a network is no faster than the dense one.
+    """
+
+    def plain(module: Any) -> Callable[..., Array]:
+        def run(variables: Any, tokens: Array, mask: Array) -> Array:
+            options = {} if task.causal else {"mask": mask}
+            return module.apply(variables, tokens, **options)["logits"]
+
+        return run
+
+    if isinstance(model, Plain):
+        return {"params": variables["params"]["model"]}, plain(type_of(task)(model.config)), name != "dense"
+    if isinstance(model, Gated) and model.per == "static" and model.seed is None:
+        small = pruning.compact(model, variables)
+        return small.variables, plain(small.model), True
+    if isinstance(model, Buckets) and model.seed is None:
+        server = pruning.BucketServer(model, variables)
+
+        def run(variables: Any, tokens: Array, mask: Array) -> Array:
+            options = () if task.causal else (mask,)
+            return (server if len(tokens) == 1 else server.each)(variables, tokens, *options)["logits"]
+
+        return server.variables, run, True
+    if isinstance(model, Experts):
+
+        def dispatched(variables: Any, tokens: Array, mask: Array) -> Array:
+            options = {} if task.causal else {"mask": mask}
+            return model.apply(variables, tokens, capacity=1.5, **options)["logits"]
+
+        return variables, dispatched, True
+    return variables, plain(model), isinstance(model, MixtureOfDepths) and not task.causal
+
+
+def type_of(task: Task) -> Any:
+    """The Transformer of a task."""
+    return Decoder if task.causal else Encoder

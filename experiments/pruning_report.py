@@ -1,0 +1,239 @@
+"""What dynamic_pruning.py finds out about a trained network: quality, operations by input, time, and pictures.
+
+B samples, L positions, G groups of positions, U units of a layer.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from pruning_methods import Plain, router_share, served
+from pruning_tasks import Task
+
+from hyperjax import pruning
+from hyperjax.pruning import MixtureOfDepths, costs
+from hyperjax.timing import compiled, in_turn
+from hyperjax.transformer import Config, Decoder, Gates
+
+SIZE = 32  # samples evaluated together, and batch of the larger measurement
+TOKENS = 64  # tokens decoded in a measurement
+
+
+class Found(NamedTuple):
+    """What an evaluation finds.
+
+    Attributes:
+        quality: mean of the samples' figures; lower is better.
+        share: of the dense network's operations, routers included.
+        flops: operations per token of each input.
+        openness: by kind of unit, how often each is open for each group, [G, layers, U].
+    """
+
+    quality: float
+    share: float
+    flops: np.ndarray
+    openness: dict[str, np.ndarray]
+
+
+def evaluate(name: str, model: nn.Module, params: Any, task: Task, split: str, dense: Config) -> Found:
+    """Evaluates a network as it is served: gates that are deterministic, and causal in a decoder."""
+
+    def run(params: Any, batch: Any, groups: jax.Array) -> Any:
+        options = {} if task.causal else {"mask": batch["mask"]}
+        out = model.apply({"params": params}, batch["tokens"], **options)
+        share = jnp.broadcast_to(out["share"], batch["tokens"].shape[:1])
+        there = jax.nn.one_hot(groups, len(task.groups)) * batch["mask"][..., None]
+        sums = {kind: jnp.einsum("nblu,blg->gnu", g, there) for kind, g in expanded(out["gates"], groups.shape).items()}
+        return task.figures(out["logits"], batch), share, sums, there.sum((0, 1))
+
+    step, parts = jax.jit(run), []
+    for batch, count in task.batches(split, SIZE):
+        weights = {**batch, "mask": batch["mask"] & (np.arange(SIZE) < count)[:, None]}
+        figures, share, sums, seen = step(params, weights, task.group_of(batch))
+        lengths = batch["mask"][:count].sum(-1)
+        parts.append(
+            (
+                np.asarray(figures)[:count],
+                np.asarray(share)[:count],
+                lengths,
+                jax.tree.map(np.asarray, sums),
+                np.asarray(seen),
+            )
+        )
+    own = model.config if isinstance(model, Plain) else dense
+    by_length = {
+        int(n): costs(own, int(n), causal=task.causal).total for n in np.unique(np.concatenate([p[2] for p in parts]))
+    }
+    whole = {n: costs(dense, n, causal=task.causal).total for n in by_length}
+    lengths, share = (np.concatenate([p[i] for p in parts]) for i in (2, 1))
+    extra = 0.0 if isinstance(model, Plain) else router_share(params, dense, task, name)
+    flops = np.array([s * by_length[int(n)] + extra * whole[int(n)] for s, n in zip(share, lengths, strict=True)])
+    seen = sum(p[4] for p in parts)
+    openness = {kind: sum(p[3][kind] for p in parts) / np.maximum(seen, 1)[:, None, None] for kind in parts[0][3]}
+    quality = float(np.concatenate([p[0] for p in parts]).mean())
+    total = sum(whole[int(n)] for n in lengths)
+    return Found(quality, float(flops.sum() / total), flops / lengths, openness)
+
+
+def expanded(gates: Gates, shape: tuple[int, ...]) -> dict[str, jax.Array]:
+    """Which gates are open, by kind, [layers, B, L, U], whatever axes they came with."""
+
+    def spread(gate: Any, positions: bool) -> jax.Array:
+        gate = gate if not positions else gate[..., None]
+        missing = 4 - gate.ndim
+        gate = gate.reshape(gate.shape[:1] + (1,) * missing + gate.shape[1:]) if gate.ndim == 2 else gate
+        gate = gate[:, :, None] if gate.ndim == 3 else gate
+        return jnp.broadcast_to(gate > 0, (gate.shape[0], *shape, gate.shape[-1])).astype(jnp.float32)
+
+    found = {}
+    for kind in ("heads", "blocks"):
+        if getattr(gates, kind) is not None:
+            found[kind] = spread(getattr(gates, kind), False)
+    for kind in ("layer", "tokens"):
+        if getattr(gates, kind) is not None:
+            found["layers"] = spread(getattr(gates, kind), True)
+    return found
+
+
+def compute_by_position(model: nn.Module, params: Any, tokens: np.ndarray, task: Task, dense: Config) -> np.ndarray:
+    """The share of the dense network's operations that each position takes, [B, L]."""
+    out = jax.jit(lambda p, t: model.apply({"params": p}, t)["gates"])(params, tokens)
+    gates = expanded(out, tokens.shape)
+    flat = {kind: g.reshape(g.shape[0], -1, g.shape[-1]) for kind, g in gates.items()}
+    layer = {"layer": flat.pop("layers")[..., 0]} if "layers" in flat else {}
+    whole = costs(dense, task.length, causal=task.causal)
+    share = jax.vmap(lambda g: pruning.share(whole, g), in_axes=1)(Gates(**flat, **layer))
+    return np.asarray(share).reshape(tokens.shape)
+
+
+def measure(
+    networks: Mapping[str, tuple[str, nn.Module, Any]], task: Task, repeats: int
+) -> dict[str, dict[str, float]]:
+    """Times the forward pass of all networks in turn, at batch 1 and 32, and decoding where there is any.
+
+    Args:
+        networks: by label: method, network and parameters.
+        task: whose test inputs are used.
+        repeats: rounds.
+
+    Returns:
+        By label: `ms_b1`, `ms_b32`, `tokens_per_second` at batch 32, `decode_ms` of one token at batch 1; medians.
+        What only masks is left out: it takes as long as the dense network, and more.
+    """
+    batch = next(iter(task.batches("test", SIZE)))[0]
+    runs: dict[str, Any] = {}
+    for label, (name, model, params) in networks.items():
+        needed, run, saves = served(name, model, {"params": params}, task)
+        if saves or name == "dense":
+            for size in (1, SIZE):
+                arguments = (needed, batch["tokens"][:size], batch["mask"][:size])
+                call = compiled(run, *arguments)
+                runs[f"{label}/ms_b{size}"] = lambda call=call, arguments=arguments: call(*arguments)
+        if task.causal:
+            decode = decoder(name, model, {"params": params}, task)
+            if decode is not None:
+                call = compiled(decode[1], decode[0], batch["tokens"][:1, :TOKENS])
+                tokens = batch["tokens"][:1, :TOKENS]
+                runs[f"{label}/decode_ms"] = lambda call=call, needed=decode[0], tokens=tokens: call(needed, tokens)
+    found: dict[str, dict[str, float]] = {label: {} for label in networks}
+    for key, seconds in in_turn(runs, repeats).items():
+        label, what = key.rsplit("/", 1)
+        steps = min(TOKENS, task.length) if what == "decode_ms" else 1
+        found[label][what] = 1e3 * float(np.median(seconds)) / steps
+    for times in found.values():
+        if f"ms_b{SIZE}" in times:
+            times["tokens_per_second"] = SIZE * task.length / (times[f"ms_b{SIZE}"] / 1e3)
+    return found
+
+
+def decoder(name: str, model: nn.Module, variables: Any, task: Task) -> Any:
+    """What decodes a text of [1, n] tokens one by one, at batch 1, or None where nothing is skipped."""
+    skips = isinstance(model, MixtureOfDepths) or name == "layers"
+    if getattr(model, "seed", None) is not None or not (skips or isinstance(model, Plain) or name == "static"):
+        return None
+    if skips:
+        config, needed = model.config, variables
+
+        def step(variables: Any, token: Any, cache: Any) -> Any:
+            logits, cache, _ = pruning.skip_decode(model, variables, token, cache)
+            return logits, cache
+    else:
+        if name == "static":
+            small = pruning.compact(model, variables)
+            plain, needed = small.model, small.variables
+        else:
+            plain, needed = Decoder(model.config), {"params": variables["params"]["model"]}
+        config = plain.config
+
+        def step(variables: Any, token: Any, cache: Any) -> Any:
+            out = plain.apply(variables, token, cache=cache)
+            return out["logits"][:, -1], out["cache"]
+
+    def run(variables: Any, tokens: Any) -> Any:
+        cache = Decoder(config).initialize_cache(1, tokens.shape[1])
+
+        def body(cache: Any, token: Any) -> Any:
+            logits, cache = step(variables, token[None, None], cache)
+            return cache, logits[0]
+
+        return jax.lax.scan(body, cache, tokens[0])[1]
+
+    return needed, run
+
+
+def draw_tradeoff(points: Mapping[str, list], path: Path, xlabel: str, ylabel: str, title: str) -> None:
+    """Writes the picture of quality against cost."""
+    from matplotlib.figure import Figure
+
+    from hyperjax.plotting import save
+    from hyperjax.pruning.plots import plot_tradeoff
+
+    figure = Figure(figsize=(8.0, 4.6), layout="constrained")
+    plot_tradeoff(figure.subplots(), points, xlabel, ylabel).set_title(title, loc="left", fontsize=11)
+    save(figure, path)
+
+
+def draw_openness(found: Mapping[str, dict[str, np.ndarray]], groups: tuple[str, ...], path: Path, title: str) -> None:
+    """Writes the picture of which units are open for which inputs, a row of axes for each network and kind of unit."""
+    from matplotlib.figure import Figure
+
+    from hyperjax.plotting import save
+    from hyperjax.pruning.plots import plot_utilisation
+
+    rows = [(name, kind, part) for name, kinds in found.items() for kind, part in kinds.items()]
+    if not rows:
+        return
+    figure = Figure(figsize=(9.0, 0.9 + 1.25 * len(rows)), layout="constrained")
+    for axes, (name, kind, part) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
+        layers, units = part.shape[1:]
+        labels = [f"layer {l + 1}" if u == units // 2 else "" for l in range(layers) for u in range(units)]
+        plot_utilisation(axes, part.reshape(len(groups), -1), groups, labels)
+        for l in range(1, layers):
+            axes.axvline(l * units - 0.5, color="white", linewidth=1.5)
+        axes.set_title(f"{name.replace('_', ' ')}: {kind}", loc="left", fontsize=9)
+    figure.colorbar(axes.images[0], ax=figure.axes, label="share of positions that compute it", shrink=0.6)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    save(figure, path)
+
+
+def draw_compute(texts: Mapping[str, np.ndarray], text: str, path: Path, title: str) -> None:
+    """Writes the picture of compute by character, for each network."""
+    from matplotlib.figure import Figure
+
+    from hyperjax.plotting import save
+    from hyperjax.pruning.plots import plot_compute
+
+    if not texts:
+        return
+    lines = -(-len(text) // 64)
+    figure = Figure(figsize=(9.0, 0.5 + len(texts) * (0.6 + 0.3 * lines)), layout="constrained")
+    for axes, (name, compute) in zip(figure.subplots(len(texts), 1, squeeze=False)[:, 0], texts.items(), strict=True):
+        plot_compute(axes, text, compute)
+        axes.set_title(f"{name.replace('_', ' ')}", loc="left", fontsize=9)
+        figure.colorbar(axes.images[0], ax=axes, label="share of dense", shrink=0.9, pad=0.01)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    save(figure, path)

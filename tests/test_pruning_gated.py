@@ -1,0 +1,207 @@
+"""Networks with gates in training: every way to decide and to choose, gradients of routers, and the share asked for."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from numpy_transformer import random_variables
+
+from hyperjax.estimators import exponential_temperature
+from hyperjax.pruning import Gated, GumbelSigmoid, HardConcrete, Multipliers, Threshold, TopK, ascend, lagrangian
+from hyperjax.transformer import Config
+
+B, L, P, V = 4, 8, 3, 5
+C = Config(vocabulary=V, layers=2, width=8, heads=2, ffn=8, outputs=V)
+TEXT = np.random.default_rng(0).integers(0, V, (B, L))
+MASK = np.arange(L) < np.array([[8], [3], [5], [1]])
+KEY = jax.random.key(0)
+CHOICES = {"hard": HardConcrete(), "gumbel": GumbelSigmoid(), "threshold": Threshold(), "top-k": TopK(0.5)}
+
+
+def built(per="static", choice="gumbel", causal=True, prune=("heads", "blocks", "layers"), **more):
+    prune = tuple(name for name in prune if choice != "top-k" or name != "layers")
+    return Gated(C, causal=causal, prune=prune, per=per, choice=CHOICES[choice], blocks=4, prompt=P, **more)
+
+
+def loss_of(model, out):
+    """Of the next character, or of the class."""
+    logits, target = (out["logits"][:, :-1], TEXT[:, 1:]) if model.causal else (out["logits"], TEXT[:, 0])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, target).mean()
+
+
+@functools.cache
+def training(model):
+    """Compiled: loss, outputs and gradient."""
+    options = {} if model.causal else {"mask": MASK}
+
+    def loss(variables, key, temperature):
+        out = model.apply(variables, TEXT, key, temperature=temperature, **options)
+        return loss_of(model, out) + out["share"].mean(), {name: out[name] for name in ("gates", "share", "logits")}
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+WAYS = [
+    *((per, choice, True) for per in ("static", "batch", "sequence", "token") for choice in CHOICES),
+    *((per, "hard", False) for per in ("static", "batch", "sequence", "token")),
+]
+
+
+def routers(tree):
+    return {name: part for name, part in tree["params"].items() if name.startswith("routers")}
+
+
+@pytest.mark.parametrize(("per", "choice", "causal"), WAYS)
+def test_gates_and_their_gradients(per, choice, causal):
+    model = built(per, choice, causal)
+    variables = random_variables(model, TEXT)
+    (_, out), gradient = training(model)(variables, KEY, 0.7)
+    axes = {"static": (), "token": (B, L)}.get(per, (B, L) if causal else (B,))
+    gates = out["gates"]
+    assert gates.heads.shape == (2, *axes, 2)
+    assert gates.blocks.shape == (2, *axes, 4)
+    if "layers" in model.prune:
+        assert (gates.tokens if len(axes) == 2 else gates.layer).shape == (2, *axes)
+    assert out["share"].shape == (() if per == "static" else (B,))
+    assert np.all((out["share"] > 0) & (out["share"] <= 1))
+    for gate in jax.tree.leaves(gates):
+        assert np.all((gate >= 0) & (gate <= 1))
+        assert choice == "hard" or np.all((gate < 1e-6) | (gate > 1 - 1e-6))
+        if per in ("batch", "sequence"):
+            np.testing.assert_array_equal(gate[0], 1)  # before the layer that decides
+            np.testing.assert_array_equal(gate[1, :, :P] if causal else 1, 1)
+    for leaf in jax.tree.leaves(gradient):
+        assert np.all(np.isfinite(leaf))
+    for name, part in routers(gradient).items():
+        assert np.any(part["logits" if per == "static" else "kernel"]), name
+    if choice == "top-k":
+        behind = gates.heads[1, :, P:] if axes == (B, L) and per != "token" else gates.heads[1]
+        np.testing.assert_allclose(behind.sum(-1), 1, atol=1e-6)  # one of two
+
+
+def test_open_gates_cost_what_the_network_does():
+    for per in ("static", "batch", "sequence", "token"):
+        model = built(per, "hard")
+        variables = random_variables(model, TEXT)
+        opened = {
+            name: {field: np.full_like(a, 9.0 if field in ("logits", "bias") else 0.0) for field, a in part.items()}
+            if per in ("static", "token")
+            else {**part, "kernel": 0 * part["kernel"], "bias": 0 * part["bias"] + 9}
+            for name, part in routers(variables).items()
+        }
+        out = jax.jit(model.apply)({"params": {**variables["params"], **opened}}, TEXT)
+        np.testing.assert_allclose(out["share"], 1, rtol=1e-6)
+        plain = jax.jit(model.bind(variables).model.clone(parent=None).apply)(
+            {"params": variables["params"]["model"]}, TEXT
+        )
+        np.testing.assert_allclose(out["logits"], plain["logits"], rtol=1e-4, atol=1e-5)
+
+
+def test_keys_and_temperature():
+    model = built("token", "gumbel", prune=("heads", "blocks"))
+    variables, run = random_variables(model, TEXT), training(model)
+    (_, first), gradient = run(variables, KEY, 0.7)
+    (_, again), same = run(variables, KEY, 0.7)
+    jax.tree.map(np.testing.assert_array_equal, (first, gradient), (again, same))
+    (_, other), _ = run(variables, jax.random.key(1), 0.7)
+    assert np.any(first["gates"].heads != other["gates"].heads)
+    np.testing.assert_array_equal(first["share"].shape, other["share"].shape)
+    (_, hot), flat = run(variables, KEY, 3.0)
+    np.testing.assert_allclose(first["gates"].heads, hot["gates"].heads, atol=1e-6)  # the sample is the same
+    steeper = [np.abs(tree["params"]["routers_heads_0"]["kernel"]).sum() for tree in (gradient, flat)]
+    assert abs(steeper[0] / steeper[1] - 1) > 0.1
+    eager = model.apply(variables, TEXT, KEY, temperature=0.7)
+    np.testing.assert_allclose(eager["logits"], first["logits"], rtol=1e-4, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), eager["gates"], first["gates"])
+    served = [model.apply(variables, TEXT)["gates"].heads for _ in range(2)]
+    np.testing.assert_array_equal(*served)
+    assert set(np.unique(served[0])) == {0, 1}
+    soft = built("token", "gumbel").clone(choice=GumbelSigmoid(hard=False))
+    drawn = soft.apply(random_variables(soft, TEXT), TEXT, KEY, temperature=0.7)["gates"].heads
+    assert np.all((drawn > 0) & (drawn < 1))
+
+
+@pytest.mark.parametrize("per", ["static", "token"])
+def test_keep_k_and_random_gates(per):
+    model = Gated(C, per=per, choice=TopK(3), prune=("blocks",), blocks=4, seed=5)
+    variables = random_variables(model, TEXT)
+    assert set(variables["params"]) == {"model"}
+    run = jax.jit(lambda key: model.apply(variables, TEXT, key)["gates"].blocks)
+    served = jax.jit(lambda: model.apply(variables, TEXT)["gates"].blocks)()
+    np.testing.assert_array_equal(served.sum(-1), 3)
+    for key in (KEY, jax.random.key(1)):
+        drawn = run(key)
+        np.testing.assert_allclose(drawn.sum(-1), 3, atol=1e-5)
+        assert (per == "token") == np.any(np.abs(drawn - served) > 0.5)  # by token anew each time; static as served
+    other = jax.jit(lambda: model.clone(seed=6).apply(variables, TEXT)["gates"].blocks)()
+    assert np.any(other != served)
+
+
+FINE = Config(vocabulary=V, layers=2, width=4, heads=2, ffn=32, outputs=V)
+
+
+def trained(model, steps, share=None, rate=0.02, penalty=None, seed=0):
+    """Trains on texts of which each symbol decides the next; returns variables, and by step shares and gradients."""
+    rng = np.random.default_rng(seed)
+    start, jump = rng.integers(0, V, (64, 16, 1)), rng.integers(1, 3, (64, 16, 1))
+    texts = jnp.asarray((start + jump * np.arange(L)) % V)
+    temperature = exponential_temperature(5 / steps, 0.3, 2.0)
+    target = optax.linear_schedule(1.0, share or 1.0, steps // 3)
+    params = {"model": jax.jit(model.init)(KEY, texts[0]), "multipliers": Multipliers.zeros()}
+    labels = {"model": jax.tree_util.tree_map_with_path(lambda path, _: path[1].key[:7], params["model"])}
+    labels = {"model": jax.tree.map(lambda n: "gates" if n == "routers" else "weights", labels["model"])}
+    optimizer = optax.partition(
+        {"weights": optax.adam(3e-3), "gates": optax.adam(rate), "up": ascend(optax.sgd(0.3))},
+        {**labels, "multipliers": "up"},
+    )
+
+    def loss(params, n):
+        out = model.apply(params["model"], texts[n % 64], jax.random.fold_in(KEY, n), temperature=temperature(n))
+        total = optax.softmax_cross_entropy_with_integer_labels(out["logits"][:, :-1], texts[n % 64][:, 1:]).mean()
+        if share is not None:
+            total += lagrangian(out["share"].mean(), target(n), params["multipliers"])
+        if penalty is not None:
+            total += 2 * sum(penalty(gate) for gate in jax.tree.leaves(out["gates"]))
+        return total, out["share"].mean()
+
+    def step(carry, n):
+        params, state = carry
+        (total, found), gradient = jax.value_and_grad(loss, has_aux=True)(params, n)
+        change, state = optimizer.update(gradient, state, params)
+        sizes = [jnp.abs(leaf).max() for leaf in jax.tree.leaves(routers(gradient["model"]))]
+        return (optax.apply_updates(params, change), state), (total, found, jnp.stack(sizes))
+
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(steps)))
+    (params, _), seen = run((params, optimizer.init(params)))
+    served = jax.jit(lambda v: jnp.stack([model.apply(v, t)["share"].mean() for t in texts[:4]]).mean())
+    return served(params["model"]), seen
+
+
+@pytest.mark.parametrize("goal", [0.4, 0.6, 0.8])
+def test_the_lagrangian_meets_its_target(goal):
+    model = Gated(FINE, per="token", choice=GumbelSigmoid(), blocks=16)
+    served, (losses, shares, _) = trained(model, 600, goal)
+    assert abs(served - goal) < 0.02 * goal
+    np.testing.assert_allclose(shares[-100:].mean(), goal, rtol=0.02)
+    assert losses[-20:].mean() < losses[:20].mean()
+
+
+def test_routers_learn_at_every_temperature():
+    model = Gated(C, per="token", choice=GumbelSigmoid(), prune=("heads", "blocks", "layers"), blocks=4)
+    _, (losses, _, sizes) = trained(model, 2000, 0.6)
+    assert np.all(np.isfinite(losses))
+    assert np.all(np.isfinite(sizes))
+    assert (sizes.max(1) > 0).all()  # of 2,000 steps, none without a gradient
+    assert (sizes > 0).mean(0).min() > 0.9
+
+
+@pytest.mark.parametrize("penalty", [jnp.mean, lambda gate: jnp.square(gate).mean()], ids=["L1", "L2"])
+def test_simple_penalties_close_gates(penalty):
+    model = Gated(FINE, per="static", choice=HardConcrete(), blocks=16)
+    served, (_, shares, _) = trained(model, 300, penalty=penalty)
+    free, _ = trained(model, 300)
+    assert served < 0.6 * free
+    assert shares[0] == 1
