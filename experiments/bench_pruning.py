@@ -26,6 +26,7 @@ import numpy as np
 from bench_pruning_paths import Paths, Setting
 
 from hyperjax import training, transformer
+from hyperjax.pruning.gated import check_sizes
 from hyperjax.timing import in_turn
 
 Figures = dict[str, float]
@@ -193,6 +194,13 @@ def check(config: Config) -> None:
             raise ValueError(f"--{name} is {value}, expected one number or more, each once")
     if 50 not in config.percent or list(config.percent) != sorted(config.percent) or config.percent[-1] > 99:
         raise ValueError(f"--percent is {config.percent}, expected rising numbers from 1 to 99 with 50 among them")
+    check_sizes(setting_of(config).shape, config.blocks)
+    for name, units in (("heads", config.heads), ("blocks", config.blocks)):
+        numbers = [paths.kept(units, percent) for percent in config.percent]
+        if len(set(numbers)) < len(numbers) or numbers[-1] == units:
+            raise ValueError(
+                f"--{name} is {units}, of which {config.percent} % are {numbers}, expected different numbers below it"
+            )
     if min(config.lengths) <= config.prompt:
         raise ValueError(f"--lengths is {config.lengths}, expected more than the {config.prompt} tokens of --prompt")
     if config.layers < 2:
@@ -212,8 +220,6 @@ def main(argv: list[str] | None = None) -> int:
     config = training.parse(Config, (), argv, description=__doc__, prog="bench_pruning.py")
     with training.bad_input(__file__):
         check(config)
-        setting = setting_of(config)
-        paths.check(setting)
     print(
         f"{config.layers} layers of width {config.width}, {config.heads} heads, {config.ffn} hidden units, float32; "
         f"medians of runs in turn, on {jax.devices()[0].device_kind}, {os.cpu_count()} cores",

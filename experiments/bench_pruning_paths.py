@@ -16,7 +16,6 @@ import numpy as np
 
 from hyperjax import pruning, transformer
 from hyperjax.pruning.experts import places
-from hyperjax.pruning.gated import check_sizes
 from hyperjax.timing import compiled
 from hyperjax.transformer import Cache, Decoder, Encoder, Gates, LayerCache
 
@@ -39,17 +38,6 @@ class Setting:
     def encoder(self) -> transformer.Config:
         """The same sizes, with classes."""
         return dataclasses.replace(self.shape, outputs=CLASSES)
-
-
-def check(setting: Setting) -> None:
-    """Raises ValueError for percentages that keep equally many, or blocks that do not divide the hidden units."""
-    check_sizes(setting.shape, setting.blocks)
-    for name, units in (("heads", setting.shape.heads_by_layer[0]), ("blocks", setting.blocks)):
-        numbers = [kept(units, percent) for percent in setting.percent]
-        if len(set(numbers)) < len(numbers) or numbers[-1] == units:
-            raise ValueError(
-                f"--{name} is {units}, of which {setting.percent} % are {numbers}, expected different numbers below it"
-            )
 
 
 class Path(NamedTuple):
