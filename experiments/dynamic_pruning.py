@@ -2,7 +2,7 @@
 
     python experiments/dynamic_pruning.py --preset quick                                 # characters, under 3 minutes
     python experiments/dynamic_pruning.py --preset quick --data topic                    # topics of passages
-    python experiments/dynamic_pruning.py --preset cpu --data-dir DIR          # Penn Treebank, three seeds, an hour or so
+    python experiments/dynamic_pruning.py --preset cpu --data-dir DIR            # Penn Treebank, three seeds, an hour
 
 Every method of `--methods` is trained for every budget (a share of the dense network's operations) and seed, and judged
 as it is served: gates without randomness, and in a decoder without a look ahead. Methods: `dense`; `small` and `thin`,
@@ -30,7 +30,7 @@ import pruning_tasks
 from pruning_methods import METHODS, STEERED, auxiliary, build, make_optimizer, temperature
 from pruning_tasks import DATA, Task, load
 
-from hyperjax import data, pruning, training
+from hyperjax import pruning, training
 from hyperjax.transformer import Config as Sizes
 
 FREE = ("workdir", "data_dir", "save_minutes", "repeats")  # a run may resume with other values of these
@@ -85,8 +85,8 @@ def defaults(preset: str = "quick", data: str | None = None) -> Config:
         fields = {"methods": ("dense", "small", "sequence", "expert_choice", "mod"), "length": 128}
     if preset == "cpu":
         methods = ("dense", "small", "thin", "static", "sequence", "mod", "experts", "random_experts", "random_mod")
-        fields |= {"methods": methods, "seeds": 3, "layers": 4, "width": 128}
-        fields |= {"ffn": 512, "length": 128, "prompt": 32, "batch": 8, "steps": 800, "learning_rate": 2e-3}
+        fields |= {"methods": methods, "seeds": 3, "layers": 3, "width": 96}
+        fields |= {"ffn": 384, "length": 128, "prompt": 32, "batch": 8, "steps": 800, "learning_rate": 2e-3}
         fields |= {"gate_rate": 2e-2, "log_every": 50, "eval_every": 400, "eval_windows": 500, "repeats": 20}
     if preset == "cpu" and data not in ("pydoc", "ptb"):
         fields |= {"methods": (*fields["methods"], "expert_choice"), "batch": 32, "steps": 500}
@@ -334,12 +334,13 @@ def draw(
     openness = {name: kept[name].openness for name in networks if kept[name].openness and "random" not in name}
     pruning_report.draw_openness(openness, task.groups, folder / "open.png", f"What opens for which input, {task.name}")
     if isinstance(task, pruning_tasks.Characters):
-        batch = next(iter(task.batches("test", 1)))[0]
-        text = data.Corpus.decode(task.corpus, batch["tokens"][0])
+        windows = (256 // task.length or 1, task.length)
+        tokens = np.asarray(task.corpus.test[: windows[0] * windows[1]], np.int32).reshape(windows)
+        text = task.corpus.decode(tokens.reshape(-1))
         texts = {}
         for name, (method, model, params) in networks.items():
             if method in ("layers", "mod", "token", "sequence"):
-                texts[name] = pruning_report.compute_by_position(model, params, batch["tokens"], task, dense)[0]
+                texts[name] = pruning_report.compute_by_position(model, params, tokens, task, dense).reshape(-1)
         pruning_report.draw_compute(texts, text, folder / "compute.png", "Compute by character")
 
 

@@ -137,13 +137,14 @@ def router_share(network: Any, config: Config, task: Task, name: str) -> float:
 
 
 def make_optimizer(config: Any) -> optax.GradientTransformation:
-    """AdamW with warm-up and a cosine for the network, a faster Adam for static gates, ascent for the multipliers."""
+    """AdamW with warm-up and a cosine for the network, a faster Adam for static gates and thresholds, ascent for the multipliers."""
 
     def label(path: Any, _: Any) -> str:
         names = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
         if names.startswith("multipliers"):
             return "multipliers"
-        return "gates" if "routers" in names and names.endswith("logits") else "network"
+        fast = names.endswith("logits") or "threshold" in names
+        return "gates" if fast else "network"
 
     warm = max(1, min(100, config.steps // 10))
     rate = optax.warmup_cosine_decay_schedule(

@@ -11,10 +11,10 @@ from numpy_transformer import random_variables
 
 from hyperjax.estimators import exponential_temperature
 from hyperjax.pruning import Gated, GumbelSigmoid, HardConcrete, Multipliers, Threshold, TopK, ascend, lagrangian
-from hyperjax.transformer import Config
+from hyperjax.transformer import Config, Decoder
 
 B, L, P, V = 4, 8, 3, 5
-C = Config(vocabulary=V, layers=2, width=8, heads=2, ffn=8, outputs=V)
+C = Config(vocabulary=V, layers=1, width=8, heads=2, ffn=8, outputs=V)
 TEXT = np.random.default_rng(0).integers(0, V, (B, L))
 MASK = np.arange(L) < np.array([[8], [3], [5], [1]])
 KEY = jax.random.key(0)
@@ -23,7 +23,7 @@ CHOICES = {"hard": HardConcrete(), "gumbel": GumbelSigmoid(), "threshold": Thres
 
 def built(per="static", choice="gumbel", causal=True, prune=("heads", "blocks", "layers"), **more):
     prune = tuple(name for name in prune if choice != "top-k" or name != "layers")
-    return Gated(C, causal=causal, prune=prune, per=per, choice=CHOICES[choice], blocks=4, prompt=P, **more)
+    return Gated(C, causal=causal, prune=prune, per=per, choice=CHOICES[choice], blocks=4, after=0, prompt=P, **more)
 
 
 def loss_of(model, out):
@@ -45,8 +45,10 @@ def training(model):
 
 
 WAYS = [
-    *((per, choice, True) for per in ("static", "batch", "sequence", "token") for choice in CHOICES),
-    *((per, "hard", False) for per in ("static", "batch", "sequence", "token")),
+    *((per, choice, True) for per in ("static", "token") for choice in CHOICES),
+    *(("batch", choice, True) for choice in ("hard", "threshold")),
+    *(("sequence", choice, True) for choice in ("gumbel", "top-k")),
+    *zip(("static", "batch", "sequence", "token"), CHOICES, (False,) * 4, strict=True),
 ]
 
 
@@ -61,43 +63,41 @@ def test_gates_and_their_gradients(per, choice, causal):
     (_, out), gradient = training(model)(variables, KEY, 0.7)
     axes = {"static": (), "token": (B, L)}.get(per, (B, L) if causal else (B,))
     gates = out["gates"]
-    assert gates.heads.shape == (2, *axes, 2)
-    assert gates.blocks.shape == (2, *axes, 4)
+    assert gates.heads.shape == (1, *axes, 2)
+    assert gates.blocks.shape == (1, *axes, 4)
     if "layers" in model.prune:
-        assert (gates.tokens if len(axes) == 2 else gates.layer).shape == (2, *axes)
+        assert (gates.tokens if len(axes) == 2 else gates.layer).shape == (1, *axes)
     assert out["share"].shape == (() if per == "static" else (B,))
     assert np.all((out["share"] > 0) & (out["share"] <= 1))
     for gate in jax.tree.leaves(gates):
         assert np.all((gate >= 0) & (gate <= 1))
         assert choice == "hard" or np.all((gate < 1e-6) | (gate > 1 - 1e-6))
-        if per in ("batch", "sequence"):
-            np.testing.assert_array_equal(gate[0], 1)  # before the layer that decides
-            np.testing.assert_array_equal(gate[1, :, :P] if causal else 1, 1)
+        if causal and per in ("batch", "sequence"):
+            np.testing.assert_array_equal(gate[:, :, :P], 1)
     for leaf in jax.tree.leaves(gradient):
         assert np.all(np.isfinite(leaf))
     for name, part in routers(gradient).items():
         assert np.any(part["logits" if per == "static" else "kernel"]), name
     if choice == "top-k":
-        behind = gates.heads[1, :, P:] if axes == (B, L) and per != "token" else gates.heads[1]
+        behind = gates.heads[0, :, P:] if per == "sequence" and causal else gates.heads[0]
         np.testing.assert_allclose(behind.sum(-1), 1, atol=1e-6)  # one of two
 
 
-def test_open_gates_cost_what_the_network_does():
-    for per in ("static", "batch", "sequence", "token"):
-        model = built(per, "hard")
-        variables = random_variables(model, TEXT)
-        opened = {
-            name: {field: np.full_like(a, 9.0 if field in ("logits", "bias") else 0.0) for field, a in part.items()}
-            if per in ("static", "token")
-            else {**part, "kernel": 0 * part["kernel"], "bias": 0 * part["bias"] + 9}
-            for name, part in routers(variables).items()
+@pytest.mark.parametrize(("per", "after"), [("static", 1), ("sequence", 1), ("sequence", 0), ("token", 0)])
+def test_open_gates_leave_the_network_as_it_is(per, after):
+    model = built(per, "hard").clone(after=after, config=Config(**{**vars(C), "layers": 1 + after}))
+    variables = random_variables(model, TEXT)
+    params = dict(variables["params"])
+    for name in routers(variables):
+        params[name] = {**params[name]} | {
+            field: np.full_like(params[name][field], value)
+            for field, value in (("logits", 9), ("kernel", 0), ("bias", 9))
+            if field in params[name]
         }
-        out = jax.jit(model.apply)({"params": {**variables["params"], **opened}}, TEXT)
-        np.testing.assert_allclose(out["share"], 1, rtol=1e-6)
-        plain = jax.jit(model.bind(variables).model.clone(parent=None).apply)(
-            {"params": variables["params"]["model"]}, TEXT
-        )
-        np.testing.assert_allclose(out["logits"], plain["logits"], rtol=1e-4, atol=1e-5)
+    out = jax.jit(model.apply)({"params": params}, TEXT)
+    np.testing.assert_allclose(out["share"], 1, rtol=1e-6)
+    plain = jax.jit(Decoder(model.config).apply)({"params": params["model"]}, TEXT)
+    np.testing.assert_allclose(out["logits"], plain["logits"], rtol=1e-4, atol=1e-5)
 
 
 def test_keys_and_temperature():
@@ -108,7 +108,7 @@ def test_keys_and_temperature():
     jax.tree.map(np.testing.assert_array_equal, (first, gradient), (again, same))
     (_, other), _ = run(variables, jax.random.key(1), 0.7)
     assert np.any(first["gates"].heads != other["gates"].heads)
-    np.testing.assert_array_equal(first["share"].shape, other["share"].shape)
+    np.testing.assert_array_equal(first["share"], other["share"])  # as it is served: nothing is drawn
     (_, hot), flat = run(variables, KEY, 3.0)
     np.testing.assert_allclose(first["gates"].heads, hot["gates"].heads, atol=1e-6)  # the sample is the same
     steeper = [np.abs(tree["params"]["routers_heads_0"]["kernel"]).sum() for tree in (gradient, flat)]
@@ -116,11 +116,13 @@ def test_keys_and_temperature():
     eager = model.apply(variables, TEXT, KEY, temperature=0.7)
     np.testing.assert_allclose(eager["logits"], first["logits"], rtol=1e-4, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), eager["gates"], first["gates"])
-    served = [model.apply(variables, TEXT)["gates"].heads for _ in range(2)]
-    np.testing.assert_array_equal(*served)
-    assert set(np.unique(served[0])) == {0, 1}
+    serve = jax.jit(lambda: model.apply(variables, TEXT)["gates"].heads)
+    served, hot = serve(), jax.jit(lambda: model.apply(variables, TEXT, temperature=3.0)["gates"].heads)()
+    np.testing.assert_array_equal(served, serve())
+    np.testing.assert_array_equal(served, hot)
+    assert set(np.unique(served)) == {0, 1}
     soft = built("token", "gumbel").clone(choice=GumbelSigmoid(hard=False))
-    drawn = soft.apply(random_variables(soft, TEXT), TEXT, KEY, temperature=0.7)["gates"].heads
+    drawn = jax.jit(soft.apply)(random_variables(soft, TEXT), TEXT, KEY, temperature=0.7)["gates"].heads
     assert np.all((drawn > 0) & (drawn < 1))
 
 
@@ -151,11 +153,11 @@ def trained(model, goal, weights, steps):
     """
     start, jump = np.random.default_rng(0).integers(0, V, (64, 8, 1)), np.arange(8)[:, None] % 2 + 1
     texts = jnp.asarray((start + jump * np.arange(L)) % V)
-    temperature = exponential_temperature(4 / steps, 0.3, 2.0)
+    temperature, slowing = exponential_temperature(4 / steps, 0.3, 2.0), optax.linear_schedule(0.02, 0.002, steps)
     params = {"model": model.init(KEY, texts[0]), "multipliers": Multipliers.zeros()}
     labels = {name: "gates" if name.startswith("routers") else "rest" for name in params["model"]["params"]}
     optimizer = optax.partition(
-        {"rest": optax.adam(3e-3), "gates": optax.adam(0.02), "up": ascend(optax.sgd(0.1))},
+        {"rest": optax.adam(3e-3), "gates": optax.adam(slowing), "up": ascend(optax.sgd(0.3))},
         {"model": {"params": labels}, "multipliers": "up"},
     )
 

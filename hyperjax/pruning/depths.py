@@ -24,7 +24,9 @@ class MixtureOfDepths(nn.Module):
     With a key, and in an encoder always, the k positions with the largest router score are gathered and computed, and
     nothing else: k is fixed, so that shapes are. **A score among the k largest depends on later tokens: training looks
     ahead.** A decoder without a key decides for each position by itself, through a predictor that learned who would be
-    among the k: causal, which is what to report and what decodes. Such masks save nothing in a parallel pass; decoding
+    among the k: causal, which is what to report and what decodes. It computes a position whose predictor is above a
+    threshold that follows the quantile `1 - keep` of the predictors, so that as many are taken as in training, on
+    average; at a fixed probability of a half rare choices would never be predicted. Such masks save nothing in a parallel pass; decoding
     one sequence by `skip_decode` skips what they leave out.
 
     It pays in training and, in an encoder, in serving, at any batch: about as many operations as it saves.
@@ -54,7 +56,10 @@ class MixtureOfDepths(nn.Module):
         self.model = (Decoder if self.causal else Encoder)(self.config)
         self.routers = {str(l): Router(1, seed=seeded(self.seed, l)) for l in self.routed}
         learns = self.causal and self.seed is None
-        self.predictors = {str(l): Router(1) for l in self.routed} if learns else {}
+        rare = math.log(self.keep / (1 - self.keep)) if self.keep < 1 else 4.0
+        self.predictors = {str(l): Router(1, start=rare) for l in self.routed} if learns else {}
+        start = nn.initializers.constant(rare)
+        self.thresholds = {str(l): self.param(f"threshold_{l}", start, ()) for l in self.routed} if learns else {}
 
     @property
     def routed(self) -> tuple[int, ...]:
@@ -78,7 +83,8 @@ class MixtureOfDepths(nn.Module):
 
         Returns:
             What the Transformer returns; `gates`, with `tokens` [layers, B, L], 0 or 1; `share` of the operations that
-            they leave, scalar or [B]; `losses`: {"predictor": binary cross-entropy of the predictors}.
+            they leave, scalar or [B]; `losses`: {"predictor": cross-entropy of the predictors, and quantile
+            loss of their thresholds}.
         """
         first, rest = (None, None) if key is None else tuple(jax.random.split(key))
         found: dict[int, Array] = {}
@@ -91,14 +97,16 @@ class MixtureOfDepths(nn.Module):
             scores, predicted = self._scores(number, x_BLD, first, mask)
             weight = self.weight(scores)
             if key is None and self.causal:
-                found[number] = self.takes_part(predicted)
+                found[number] = self.takes_part(number, predicted)
                 return Gates(tokens=found[number] * weight)
             _, index = jax.lax.top_k(scores, self.chosen(scores.shape[1]))
             index = jnp.sort(index, -1)
             rows = jnp.arange(index.shape[0])[:, None]
             found[number] = jnp.zeros(scores.shape).at[rows, index].set(1.0, unique_indices=True)
             if predicted is not None and self.seed is None:
-                losses.append(optax.sigmoid_binary_cross_entropy(predicted, found[number]).mean())
+                gap = jax.lax.stop_gradient(predicted) - self.thresholds[str(number)]
+                quantile = jnp.maximum((1 - self.keep) * gap, -self.keep * gap).mean()
+                losses.append(optax.sigmoid_binary_cross_entropy(predicted, found[number]).mean() + quantile)
             return Gates(tokens=Chosen(index, jnp.take_along_axis(weight, index, 1)))
 
         options = mask_options(mask, self.causal)
@@ -113,12 +121,12 @@ class MixtureOfDepths(nn.Module):
         if number not in self.routed:
             return None
         scores, predicted = self._scores(number, x_BLD, None, None)
-        return self.takes_part(predicted) * self.weight(scores)
+        return self.takes_part(number, predicted) * self.weight(scores)
 
-    def takes_part(self, predicted: Array) -> Array:
+    def takes_part(self, number: int, predicted: Array) -> Array:
         """1 where a decoder's own decision is to compute a token, else 0."""
         if self.seed is None:
-            return (predicted > 0).astype(jnp.float32)
+            return (predicted > self.thresholds[str(number)]).astype(jnp.float32)
         return (jax.nn.sigmoid(predicted) > 1 - self.keep).astype(jnp.float32)
 
     def weight(self, scores: Array) -> Array:
