@@ -3,8 +3,8 @@
     python experiments/bench_pruning.py --json bench.json
     python experiments/bench_pruning.py --lengths 128 --batches 1 32 --repeats 40
 
-Everything runs in one process, and the paths of one batch and length in turn, so that the ratios hold although the
-machine's speed drifts: dense; compact; buckets of widths, beside networks built at that width; Mixture-of-Depths;
+Everything runs in one process, and each family of paths in turn with the dense network, so that the ratios hold
+although the machine's speed drifts: dense; compact; buckets of widths, beside networks built at that width; Mixture-of-Depths;
 experts; training steps; decoding one sequence token by token; and the routers alone. Parameters are random and
 decisions are set by hand, to keep 25, 50 or 75 % of heads and hidden units, or of positions; `decode_skip` leaves out
 as much of the layers. Beside the times stands the share of the dense network's operations, as `hyperjax.pruning` counts
@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import bench_pruning_parts as parts
@@ -73,36 +74,46 @@ def all_variants(config: Config, batch: int, length: int) -> bool:
     return length == config.lengths[0] and batch in (config.batches[0], config.batches[-1])
 
 
-def forward(config: Config, batch: int, length: int) -> Paths:
-    """All that is timed at a batch and length; some variants at a few of these only, or compiling would take long."""
+def forward(config: Config, batch: int, length: int) -> list[Paths]:
+    """What is timed at a batch and length, by family; some variants at a few of these only, for compiling takes long."""
     setting, tokens, full = setting_of(config), tokens_of(config, batch, length), all_variants(config, batch, length)
     natives = config.percent if full else (50,)
-    found = paths.static_paths(setting, tokens, masked=full)
-    found |= paths.expert_paths(setting, tokens, (paths.CAPACITY, 2.0) if full else (paths.CAPACITY,))
-    found |= paths.bucket_paths(setting, tokens, natives, causal=True)
-    found |= paths.bucket_paths(setting, tokens, natives, causal=False)
-    found |= paths.depth_paths(setting, tokens, natives)
-    return found | (parts.router_paths(setting, tokens) if full else {})
+    found = [
+        paths.static_paths(setting, tokens, masked=full),
+        paths.expert_paths(setting, tokens, (paths.CAPACITY, 2.0) if full else (paths.CAPACITY,)),
+        paths.bucket_paths(setting, tokens, natives, causal=True),
+        paths.bucket_paths(setting, tokens, natives, causal=False),
+        paths.depth_paths(setting, tokens, natives),
+    ]
+    return [*found, parts.router_paths(setting, tokens)] if full else found
 
 
-def timed(found: Paths, end: str, repeats: int) -> Figures:
-    """Figures of paths that are compared with one another, under keys with that end."""
+def timed(families: list[Paths], end: str, repeats: int) -> Figures:
+    """Figures under keys with that end. Each family is timed in turn, with the dense path that it is compared with."""
     figures: Figures = {}
-    for name, seconds in in_turn({name: one.run for name, one in found.items()}, repeats).items():
-        figures[f"seconds_{name}{end}"] = float(np.median(seconds)) / found[name].tokens
-        figures[f"min_seconds_{name}{end}"] = min(seconds) / found[name].tokens
-        if found[name].compiling:
-            figures[f"compile_seconds_{name}{end}"] = found[name].compiling
+    found, every = merged(families), defaultdict[str, list[float]](list)
+    for family in families:
+        together = {one.against: found[one.against] for one in family.values() if one.against} | family
+        seconds = in_turn({name: one.run for name, one in together.items()}, repeats)
+        for name, one in together.items():
+            every[name] += [each / one.tokens for each in seconds[name]]
+            if one.against:
+                figures[f"speedup_{name}{end}"] = float(np.median(seconds[one.against]) / np.median(seconds[name]))
     for name, one in found.items():
-        if not one.against:
-            continue
-        dense, whole = figures[f"seconds_{one.against}{end}"], found[one.against].flops
-        figures[f"speedup_{name}{end}"] = dense / figures[f"seconds_{name}{end}"]
-        if one.share is not None:
+        figures[f"seconds_{name}{end}"] = float(np.median(every[name]))
+        figures[f"min_seconds_{name}{end}"] = min(every[name])
+        if one.compiling:
+            figures[f"compile_seconds_{name}{end}"] = one.compiling
+        if one.against and one.share is not None:
             figures[f"share_{name}{end}"] = one.share
+        whole = found[one.against].flops if one.against else None
         if one.flops and whole:
             figures[f"xla_share_{name}{end}"] = one.flops / whole
     return figures
+
+
+def merged(families: list[Paths]) -> Paths:
+    return {name: one for family in families for name, one in family.items()}
 
 
 def measure(config: Config) -> Figures:
@@ -111,20 +122,20 @@ def measure(config: Config) -> Figures:
     for length in config.lengths:
         tail = "" if length == config.lengths[0] else f"_l{length}"
         for batch in config.batches:
-            found, end = forward(config, batch, length), f"_b{batch}{tail}"
-            figures |= timed(found, end, turns(config, batch * length))
-            table(f"batch {batch}, length {length}", found, figures, end)
+            families, end = forward(config, batch, length), f"_b{batch}{tail}"
+            figures |= timed(families, end, turns(config, batch * length))
+            table(f"batch {batch}, length {length}", merged(families), figures, end)
         if 1 in config.batches:
             found = parts.decode_paths(setting_of(config), tokens_of(config, 1, config.decoded), length)
-            figures |= timed(found, f"_b1{tail}", turns(config, 128))
+            figures |= timed([found], f"_b1{tail}", turns(config, 128))
             table(f"decoding one sequence, per token, with a cache of {length}", found, figures, f"_b1{tail}")
     length = config.lengths[0]
     found = parts.step_paths(setting_of(config), tokens_of(config, config.train_batch, length))
-    figures |= timed(found, "", turns(config, 3 * config.train_batch * length))
+    figures |= timed([found], "", turns(config, 3 * config.train_batch * length))
     table(f"training step, batch {config.train_batch}, length {length}", found, figures, "")
     for name, one in found.items():
         if one.against:
-            figures[f"ratio_{name}_over_dense"] = figures[f"seconds_{name}"] / figures["seconds_dense_step"]
+            figures[f"ratio_{name}_over_dense"] = 1 / figures[f"speedup_{name}"]
     return figures | ratios(config, figures)
 
 

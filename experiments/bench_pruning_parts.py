@@ -128,7 +128,7 @@ def skipping(model: pruning.MixtureOfDepths) -> Callable:
 def skip(
     model: pruning.MixtureOfDepths, params: Any, tokens: jax.Array, percent: tuple[int, ...]
 ) -> list[dict[str, Any]]:
-    """Params for each percentage, whose predictors skip that share of these tokens in every layer, each other ones."""
+    """Params for each percentage, whose thresholds skip that share of these tokens in every layer, each other ones."""
     call, rng, found = jax.jit(partial(parallel, model)), np.random.default_rng(0), []
     for share in percent:
         made = dict(params)
@@ -138,7 +138,7 @@ def skip(
             logits = np.sort(call(made, tokens)[l].ravel())
             cut = round(share / 100 * logits.size)
             middle = float(logits[max(cut - 1, 0)] + logits[min(cut, logits.size - 1)]) / 2
-            made[f"predictors_{l}"] = {"kernel": kernel, "bias": jnp.full((1,), -middle)}
+            made[f"threshold_{l}"] = jnp.float32(middle)
         found.append(made)
     return found
 

@@ -145,7 +145,7 @@ def sizes(config: Config, task: Task) -> Sizes:
 def make_loss(config: Config, name: str, model: Any, task: Task, budget: float) -> training.state.LossFn:
     """The task's loss, the routers', what leads to the budget, and the distance from a teacher."""
     cool = temperature(config.steps)
-    teacher = pruning_methods.Plain(sizes(config, task), task.causal)
+    teacher: Any = pruning_methods.Plain(sizes(config, task), task.causal)
 
     def loss_fn(params, carry, batch, key):
         step, options = carry["step"], {} if task.causal else {"mask": batch["mask"]}
@@ -171,7 +171,7 @@ def train(
 ) -> tuple[Any, Any]:
     """Trains a network, or goes on, or restores a finished one: the network and its parameters."""
     dense = sizes(config, task)
-    model = build(name, dense, task, budget, seed, config.blocks)
+    model: Any = build(name, dense, task, budget, seed, config.blocks)
     optimizer = make_optimizer(config)
     init_key, train_key = jax.random.split(jax.random.key(seed))
     example = task.batch_at(0)
@@ -252,7 +252,7 @@ def run(config: Config, tasks: Sequence[Task], workdir: training.Workdir, starte
             for budget in (1.0,) if name in DENSE else config.budgets:
                 label = name if name in DENSE else f"{name}_{100 * budget:g}"
                 folder = workdir.path / f"{label}-seed{seed}"
-                taught = teacher if config.distill else None
+                taught: Any = teacher if config.distill else None
                 model, params = train(config, name, budget, seed, task, folder, taught, started)
                 if name == "dense":
                     teacher = jax.tree.map(np.asarray, params)
@@ -378,7 +378,7 @@ def _open(out: dict[str, Any], penalty: str) -> jax.Array:
         return jnp.mean(out["share"])
     gates = jax.tree.leaves(out["gates"])
     power = 1 if penalty == "l1" else 2
-    return sum(jnp.mean(gate**power) for gate in gates) / len(gates)
+    return sum((jnp.mean(gate**power) for gate in gates), jnp.zeros(())) / len(gates)
 
 
 def _expect(ok: bool, name: str, value: object, expected: str) -> None:

@@ -52,9 +52,9 @@ def build(name: str, config: Config, task: Task, budget: float, seed: int, block
     if kind in ("dense", "small", "thin"):
         fitted = {"small": narrower, "thin": thinner}.get(kind, lambda config, *_: config)
         return Plain(fitted(config, budget, task), task.causal)
-    prompt = {"prompt": task.prompt} if task.causal else {}
+    prompt: dict[str, Any] = {"prompt": task.prompt} if task.causal else {}
     if kind == "sequence":
-        extra = {} if random is None else {"seed": seed, "budget": budget}
+        extra: dict[str, Any] = {} if random is None else {"seed": seed, "budget": budget}
         return Buckets(**common, **prompt, **extra, blocks=blocks)
     if kind == "layers":
         return Gated(**common, prune=("layers",), per="token", choice=GumbelSigmoid(start=0.9))
@@ -71,7 +71,7 @@ def build(name: str, config: Config, task: Task, budget: float, seed: int, block
             tokens = jnp.asarray([[[part if l in routed else 1.0]] for l in range(config.layers)])
             return float(pruning.share(whole, Gates(tokens=tokens))[0])
         heads, kept = (whole.heads[0], model.chosen) if isinstance(model, Experts) else (0, 0)
-        if isinstance(model, Gated):
+        if isinstance(model, Gated) and isinstance(model.choice, TopK):
             heads, kept = (model.choice.number(n) for n in (whole.heads[0], blocks))
         gates = Gates(heads=jnp.ones((config.layers, heads)), blocks=jnp.full((config.layers, 1), kept / blocks))
         return float(pruning.share(whole, gates))
@@ -137,7 +137,7 @@ def router_share(network: Any, config: Config, task: Task, name: str) -> float:
 
 
 def make_optimizer(config: Any) -> optax.GradientTransformation:
-    """AdamW with warm-up and a cosine for the network, a faster Adam for static gates and thresholds, ascent for the multipliers."""
+    """AdamW for the network; a faster Adam for static gates and thresholds; ascent for the multipliers."""
 
     def label(path: Any, _: Any) -> str:
         names = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
@@ -166,7 +166,7 @@ def temperature(steps: int) -> optax.Schedule:
     return estimators.exponential_temperature(math.log(2) / (0.8 * steps))
 
 
-def served(name: str, model: nn.Module, variables: Any, task: Task) -> tuple[Any, Callable[..., Array], bool]:
+def served(name: str, model: Any, variables: Any, task: Task) -> tuple[Any, Callable[..., Array], bool]:
     """How a trained network answers: what it needs, a function (that, tokens, mask) -> logits, and whether it saves.
 
     The last is False where gates only multiply: such a network is no faster than the dense one.
@@ -196,7 +196,8 @@ def served(name: str, model: nn.Module, variables: Any, task: Task) -> tuple[Any
 
         def dispatched(variables: Any, tokens: Array, mask: Array) -> Array:
             options = {} if task.causal else {"mask": mask}
-            return model.apply(variables, tokens, capacity=1.5, **options)["logits"]
+            apply: Any = model.apply
+            return apply(variables, tokens, capacity=1.5, **options)["logits"]
 
         return variables, dispatched, True
     return variables, plain(model), isinstance(model, MixtureOfDepths) and not task.causal

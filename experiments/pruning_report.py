@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +38,7 @@ class Found(NamedTuple):
     openness: dict[str, np.ndarray]
 
 
-def evaluate(name: str, model: nn.Module, params: Any, task: Task, split: str, dense: Config) -> Found:
+def evaluate(name: str, model: Any, params: Any, task: Task, split: str, dense: Config) -> Found:
     """Evaluates a network as it is served: gates that are deterministic, and causal in a decoder."""
 
     def run(params: Any, batch: Any, groups: jax.Array) -> Any:
@@ -99,7 +98,7 @@ def expanded(gates: Gates, shape: tuple[int, ...]) -> dict[str, jax.Array]:
     return found
 
 
-def compute_by_position(model: nn.Module, params: Any, tokens: np.ndarray, task: Task, dense: Config) -> np.ndarray:
+def compute_by_position(model: Any, params: Any, tokens: np.ndarray, task: Task, dense: Config) -> np.ndarray:
     """The share of the dense network's operations that each position takes, [B, L]."""
     out = jax.jit(lambda p, t: model.apply({"params": p}, t)["gates"])(params, tokens)
     gates = expanded(out, tokens.shape)
@@ -110,9 +109,7 @@ def compute_by_position(model: nn.Module, params: Any, tokens: np.ndarray, task:
     return np.asarray(share).reshape(tokens.shape)
 
 
-def measure(
-    networks: Mapping[str, tuple[str, nn.Module, Any]], task: Task, repeats: int
-) -> dict[str, dict[str, float]]:
+def measure(networks: Mapping[str, tuple[str, Any, Any]], task: Task, repeats: int) -> dict[str, dict[str, float]]:
     """Times the forward pass of all networks in turn, at batch 1 and 32, and decoding where there is any.
 
     Args:
@@ -150,7 +147,7 @@ def measure(
     return found
 
 
-def decoder(name: str, model: nn.Module, variables: Any, task: Task) -> Any:
+def decoder(name: str, model: Any, variables: Any, task: Task) -> Any:
     """What decodes a text of [1, n] tokens one by one, at batch 1, or None where nothing is skipped."""
     skips = isinstance(model, MixtureOfDepths) or name == "layers"
     if getattr(model, "seed", None) is not None or not (skips or isinstance(model, Plain) or name == "static"):
@@ -164,7 +161,8 @@ def decoder(name: str, model: nn.Module, variables: Any, task: Task) -> Any:
     else:
         if name == "static":
             small = pruning.compact(model, variables)
-            plain, needed = small.model, small.variables
+            plain: Any = small.model
+            needed = small.variables
         else:
             plain, needed = Decoder(model.config), {"params": variables["params"]["model"]}
         config = plain.config

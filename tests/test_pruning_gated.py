@@ -60,6 +60,9 @@ def routers(tree):
 def test_gates_and_their_gradients(per, choice, causal):
     model = built(per, choice, causal)
     variables = random_variables(model, TEXT)
+    for part in routers(variables).values():  # not too sure of anything, and no layer closed: it has all it needs
+        part["logits" if per == "static" else "bias"] += 1.5
+        part["logits" if per == "static" else "kernel"] *= 0.2
     (_, out), gradient = training(model)(variables, KEY, 0.7)
     axes = {"static": (), "token": (B, L)}.get(per, (B, L) if causal else (B,))
     gates = out["gates"]
@@ -101,7 +104,7 @@ def test_open_gates_leave_the_network_as_it_is(per, after):
 
 
 def test_keys_and_temperature():
-    model = built("token", "gumbel", prune=("heads", "blocks"))
+    model = built("token", "gumbel", prune=("heads",))
     variables, run = random_variables(model, TEXT), training(model)
     (_, first), gradient = run(variables, KEY, 0.7)
     (_, again), same = run(variables, KEY, 0.7)
@@ -111,8 +114,8 @@ def test_keys_and_temperature():
     np.testing.assert_array_equal(first["share"], other["share"])  # as it is served: nothing is drawn
     (_, hot), flat = run(variables, KEY, 3.0)
     np.testing.assert_allclose(first["gates"].heads, hot["gates"].heads, atol=1e-6)  # the sample is the same
-    steeper = [np.abs(tree["params"]["routers_heads_0"]["kernel"]).sum() for tree in (gradient, flat)]
-    assert abs(steeper[0] / steeper[1] - 1) > 0.1
+    cold, warm = (tree["params"]["routers_heads_0"]["kernel"] for tree in (gradient, flat))
+    assert np.abs(cold - warm).max() > 0.01 * np.abs(cold).max()  # but not its slope
     eager = model.apply(variables, TEXT, KEY, temperature=0.7)
     np.testing.assert_allclose(eager["logits"], first["logits"], rtol=1e-4, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), eager["gates"], first["gates"])
@@ -157,7 +160,7 @@ def trained(model, goal, weights, steps):
     params = {"model": model.init(KEY, texts[0]), "multipliers": Multipliers.zeros()}
     labels = {name: "gates" if name.startswith("routers") else "rest" for name in params["model"]["params"]}
     optimizer = optax.partition(
-        {"rest": optax.adam(3e-3), "gates": optax.adam(slowing), "up": ascend(optax.sgd(0.3))},
+        {"rest": optax.adam(3e-3), "gates": optax.adam(slowing), "up": ascend(optax.sgd(1.0))},
         {"model": {"params": labels}, "multipliers": "up"},
     )
 
@@ -200,7 +203,7 @@ def test_the_lagrangian_meets_its_targets_and_routers_learn():
 def test_simple_penalties_close_gates():
     model = Gated(FINE, choice=HardConcrete(), blocks=16)
     weights = jnp.float32([[0, 0], [2, 0], [0, 2]])
-    served, _, shares, _ = jax.vmap(lambda weights: trained(model, jnp.zeros(()), weights, 400))(weights)
+    served, _, shares, _ = jax.vmap(lambda weights: trained(model, jnp.zeros(()), weights, 1000))(weights)
     np.testing.assert_array_equal(shares[:, 0], 1)
     assert served[0] > 0.8
     assert np.all(served[1:] < 0.6 * served[0])

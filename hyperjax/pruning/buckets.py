@@ -167,4 +167,4 @@ class Buckets(nn.Module):
             middle = (low + high) / 2
             p = np.exp(middle * (cost - cost.max() * (middle > 0) - cost.min() * (middle <= 0)))
             low, high = (middle, high) if (p * cost).sum() / p.sum() < self.budget else (low, middle)
-        return np.float32(middle * (cost - cost.mean()))
+        return np.asarray(middle * (cost - cost.mean()), np.float32)

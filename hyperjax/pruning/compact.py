@@ -97,18 +97,19 @@ def cut(config: Config, params: Any, gates: Gates, *, multiple: int = 1) -> tupl
             )
         if not np.isfinite(gate).all():
             raise ValueError(f"gates of {name} are {gate.tolist()}, expected finite numbers; the training has diverged")
-    stack, sizes = dict(params["stack"]), []
+    stack: dict[str, Any] = dict(params["stack"])
+    sizes: list[dict[str, int]] = []
     kept: dict[str, Any] = {name: part for name, part in params.items() if name != "stack"}
     new: dict[str, Any] = {}
     for l in range(config.layers):
         factor = wide["layer"][l] if "layer" in wide else 1.0
         parts = {}
-        for name, gate, heads in (
+        for name, of, heads in (
             ("attention", "heads", config.heads_by_layer),
             ("cross_attention", "cross", config.cross_heads_by_layer),
         ):
             if f"{name}_{l}" in stack:
-                z = wide[gate][l] if gate in wide else np.ones(heads[l], np.float32)
+                z = wide[of][l] if of in wide else np.ones(heads[l], np.float32)
                 parts[name] = _cut_heads(stack[f"{name}_{l}"], z * factor)
         if f"ffn_{l}" in stack:
             z = wide["blocks"][l] if "blocks" in wide else np.ones(1, np.float32)

@@ -72,6 +72,7 @@ class Gated(nn.Module):
         self.model = (Decoder if self.causal else Encoder)(c)
         start, names = self.choice.bias, list(enumerate(self.prune))
         layers = c.layers - self.after if self.per in ("batch", "sequence") else c.layers
+        self.routers: dict[str, Any]
         if self.per == "static":
             self.routers = {n: Static(layers, self._units(n), start, seed=seeded(self.seed, i)) for i, n in names}
         elif self.per == "token":
@@ -146,7 +147,7 @@ class Gated(nn.Module):
         for name, values in logits.items():
             # random logits are noise enough, and those of static gates stay what is served
             key_of = None if key is None or self.seed is not None else _key(jax.random.fold_in(key, 1), name, number)
-            pair = self.choice.gates(key_of, values, temperature), self.choice.open(values)
+            pair: tuple[Array, ...] = self.choice.gates(key_of, values, temperature), self.choice.open(values)
             if shape is not None and self.per != "static":
                 pair = tuple(jnp.broadcast_to(gate, (shape[0], gate.shape[-1])) for gate in pair)
                 if self.causal:

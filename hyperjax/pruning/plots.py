@@ -78,7 +78,7 @@ def plot_utilisation(axes: Any, openness: np.ndarray, groups: Sequence[str], uni
     return axes
 
 
-def plot_compute(axes: Any, text: str, compute: Sequence[float], columns: int = 64) -> Any:
+def plot_compute(axes: Any, text: str, compute: Sequence[float] | np.ndarray, columns: int = 64) -> Any:
     """Writes a text whose characters lie on the darker a ground, the more was computed for them.
 
     Args:

@@ -50,7 +50,7 @@ class BucketServer:
             config, cut_params = cut(c, params["model"], gates)
             configs.append(config)
             widths.append({"params": cut_params})
-        self._models = [(Decoder if model.causal else Encoder)(config) for config in configs]
+        self._models: list[Any] = [(Decoder if model.causal else Encoder)(config) for config in configs]
         self.variables = {"whole": variables, "widths": tuple(widths)}
 
     def __call__(self, variables: Any, tokens: Array, mask: Array | None = None) -> dict[str, Array]:
@@ -90,8 +90,9 @@ class BucketServer:
             check_prompt(tokens.shape[1], self.model.prompt)
 
     def _decoder(self, variables: Any, tokens: Array, mask: Array | None = None) -> dict[str, Array]:
-        model, (batch, length) = self.model, tokens.shape
-        whole = Decoder(model.config)
+        model: Any = self.model
+        whole: Any = Decoder(model.config)
+        batch, length = tokens.shape
         inner = {"params": variables["whole"]["params"]["model"]}
         cache = whole.initialize_cache(batch, length)
         out = whole.apply(inner, tokens[:, : model.prompt], cache=cache)
@@ -113,8 +114,9 @@ class BucketServer:
         return {"logits": jnp.concatenate([out["logits"], rest], 1), "bucket": bucket}
 
     def _encoder(self, variables: Any, tokens: Array, mask: Array | None = None) -> dict[str, Array]:
-        model = self.model
-        whole, inner = Encoder(model.config), {"params": variables["whole"]["params"]["model"]}
+        model: Any = self.model
+        whole: Any = Encoder(model.config)
+        inner = {"params": variables["whole"]["params"]["model"]}
         x_BLD, positions = whole.apply(inner, tokens, method="embed")
         context = Context(positions, mask)
         for l in range(model.after):
@@ -165,13 +167,15 @@ def skip_decode(
             "nothing to skip, expected a decoder that learned to: MixtureOfDepths, or Gated of layers per token"
         )
     check_cache(cache, model.config.layers, *token.shape)
-    whole, inner = Decoder(model.config), {"params": variables["params"]["model"]}
+    decide: Any = model.apply
+    whole: Any = Decoder(model.config)
+    inner = {"params": variables["params"]["model"]}
     x_BLD, positions = whole.apply(inner, token, cache.used, method="embed")
     context, kept, taken = Context(positions, used=cache.used), [], []
     for l in range(model.config.layers):
-        gate = model.apply(variables, l, x_BLD, method="decide_one")
+        gate = decide(variables, l, x_BLD, method="decide_one")
 
-        def run(x: Array, held: LayerCache, l: int = l, gate: Array | None = gate) -> tuple[Array, LayerCache]:
+        def run(x: Array, held: Any, l: int = l, gate: Any = gate) -> tuple[Array, Any]:
             x, _, held = whole.apply(inner, l, x, context, Gates(tokens=gate), held, method="layer")
             return x, held
 
