@@ -4,9 +4,9 @@
     python experiments/bench_pruning.py --lengths 128 --batches 1 32 --repeats 40
 
 Everything runs in one process, and each family of paths in turn with the dense network, so that the ratios hold
-although the machine's speed drifts: dense; compact; buckets of widths, beside networks built at that width; Mixture-of-Depths;
-experts; training steps; decoding one sequence token by token; and the routers alone. Parameters are random and
-decisions are set by hand, to keep 25, 50 or 75 % of heads and hidden units, or of positions; `decode_skip` leaves out
+although the machine's speed drifts: dense; compact; buckets of widths, beside networks built at that width;
+Mixture-of-Depths; experts; training steps; decoding one sequence token by token; routers alone. Parameters are random,
+and decisions set by hand, to keep 25, 50 or 75 % of heads and hidden units, or of positions; `decode_skip` leaves out
 as much of the layers. Beside the times stands the share of the dense network's operations, as `hyperjax.pruning` counts
 it and as XLA does. Compiling is not in the times.
 
@@ -75,7 +75,7 @@ def all_variants(config: Config, batch: int, length: int) -> bool:
 
 
 def forward(config: Config, batch: int, length: int) -> list[Paths]:
-    """What is timed at a batch and length, by family; some variants at a few of these only, for compiling takes long."""
+    """What is timed at a batch and length, by family; some variants only where all_variants says so."""
     setting, tokens, full = setting_of(config), tokens_of(config, batch, length), all_variants(config, batch, length)
     natives = config.percent if full else (50,)
     found = [

@@ -117,7 +117,9 @@ def check(config: Config) -> None:
             "--methods has expert_choice, but data of characters need a causal model: a block's choice of tokens would "
             "look at later ones; use experts, or --data topic"
         )
-    for name in ("random_sequence", "sequence", "layers"):
+    even = config.width % (2 * config.heads) == 0
+    _expect(even, "heads", config.heads, f"a divisor of half of --width, {config.width}: rotary positions need pairs")
+    for name in ("random_sequence", "sequence", "layers", "random_mod", "mod"):
         _expect(config.layers > 1 or name not in config.methods, "layers", config.layers, f"2 or more for {name}")
     _expect(
         config.penalty in ("lagrangian", "flops", "l1", "l2"), "penalty", config.penalty, "lagrangian, flops, l1, l2"
@@ -152,7 +154,8 @@ def make_loss(config: Config, name: str, model: Any, task: Task, budget: float) 
         out = model.apply({"params": params["network"]}, batch["tokens"], key, temperature=cool(step), **options)
         loss = task.loss(out["logits"], batch)
         share = jnp.mean(out["share"])
-        total, metrics = loss + auxiliary(out), {"task_loss": loss, "share": share}
+        figure = task.figures(out["logits"], batch).mean()
+        total, metrics = loss + auxiliary(out), {"task_loss": loss, f"train_{task.unit}": figure, "share": share}
         ramp = jnp.minimum(1.0, step / (0.3 * config.steps))
         if name in STEERED and config.penalty == "lagrangian":
             total += pruning.lagrangian(share, 1 - (1 - budget) * ramp, params["multipliers"])
@@ -168,16 +171,17 @@ def make_loss(config: Config, name: str, model: Any, task: Task, budget: float) 
 
 def train(
     config: Config, name: str, budget: float, seed: int, task: Task, folder: Path, teacher: Any, started: float
-) -> tuple[Any, Any]:
-    """Trains a network, or goes on, or restores a finished one: the network and its parameters."""
+) -> tuple[Any, Any, pruning_report.Found]:
+    """Trains a network, or goes on, or restores it: the network, its parameters, and what the test finds."""
     dense = sizes(config, task)
     model: Any = build(name, dense, task, budget, seed, config.blocks)
+    evaluate = pruning_report.make_evaluate(name, model, task, dense)
     optimizer = make_optimizer(config)
     init_key, train_key = jax.random.split(jax.random.key(seed))
     example = task.batch_at(0)
 
     def start() -> pruning.Multipliers:
-        return pruning.Multipliers(jnp.zeros(()), jnp.full((), config.multiplier_start))
+        return pruning.Multipliers(jnp.zeros(()), jnp.asarray(config.multiplier_start, jnp.float32))
 
     def create(key):
         options = {} if task.causal else {"mask": example["mask"]}
@@ -196,39 +200,46 @@ def train(
         resumed = restored[1] if restored else {}
         files = [training.JsonLines(folder / f"{n}.jsonl", resumed.get("step", 0)) for n in ("metrics", "timings")]
     state = restored[0] if restored else jax.jit(create)(init_key)
-    if restored:
-        print(f"{folder.name}: after step {int(state.step):,} of {config.steps:,}")
-    if int(state.step) >= config.steps:
-        return model, state.params["network"]
 
     def validate(state: training.TrainState) -> dict[str, float]:
-        found = pruning_report.evaluate(name, model, state.params["network"], task, "valid", dense)
+        found = evaluate(state.params["network"], "valid")
         return {f"valid_{task.unit}": found.quality, "valid_share": found.share}
 
     with checkpoints, files[0], files[1]:
-        state = training.fit(
-            state,
-            training.make_step(make_loss(config, name, model, task, budget), optimizer),
-            task.batch_at,
-            train_key,
-            checkpoints=checkpoints,
-            metrics=files[0],
-            timings=files[1],
-            steps=config.steps,
-            log_every=config.log_every,
-            eval_every=config.eval_every,
-            save_minutes=config.save_minutes,
-            validate=validate,
-            best=f"valid_{task.unit}",
-            items=config.batch * config.length,
-            unit="tokens",
-            meta=mark,
-            resumed=resumed,
-            started=started,
-        )
-    options = {"train": "task_loss", "valid": f"valid_{task.unit}", "label": f"training loss, nats; valid {task.unit}"}
+        if restored:
+            print(f"{folder.name}: after step {int(state.step):,} of {config.steps:,}")
+        if int(state.step) < config.steps:
+            state = training.fit(
+                state,
+                training.make_step(make_loss(config, name, model, task, budget), optimizer),
+                task.batch_at,
+                train_key,
+                checkpoints=checkpoints,
+                metrics=files[0],
+                timings=files[1],
+                steps=config.steps,
+                log_every=config.log_every,
+                eval_every=config.eval_every,
+                save_minutes=config.save_minutes,
+                validate=validate,
+                best=f"valid_{task.unit}",
+                items=config.batch * config.length,
+                unit="tokens",
+                meta=mark,
+                resumed={**resumed, "seconds": 0.0},  # `started` is moved by them
+                started=started,
+            )
+    label = "bits per character" if task.unit == "bpc" else "share of wrong answers"
+    options = {"train": f"train_{task.unit}", "valid": f"valid_{task.unit}", "label": label}
     training.plot_curves(files[0].path, folder / "curves.png", title=f"{folder.name} on {task.name}", **options)
-    return model, state.params["network"]
+    network = state.params["network"]
+    return model, network, evaluate(network, "test")
+
+
+def earlier(folder: Path) -> float:
+    """Seconds that earlier processes of a run took, up to their last checkpoint."""
+    kept = [training.Checkpoints(path).meta() for path in folder.glob("*/checkpoints")]
+    return max([meta["seconds"] for meta in kept if meta], default=0.0)
 
 
 def run(config: Config, tasks: Sequence[Task], workdir: training.Workdir, started: float) -> dict[str, Any]:
@@ -253,10 +264,9 @@ def run(config: Config, tasks: Sequence[Task], workdir: training.Workdir, starte
                 label = name if name in DENSE else f"{name}_{100 * budget:g}"
                 folder = workdir.path / f"{label}-seed{seed}"
                 taught: Any = teacher if config.distill else None
-                model, params = train(config, name, budget, seed, task, folder, taught, started)
+                model, params, found = train(config, name, budget, seed, task, folder, taught, started)
                 if name == "dense":
                     teacher = jax.tree.map(np.asarray, params)
-                found = pruning_report.evaluate(name, model, params, task, "test", dense)
                 training.say(
                     f"{folder.name}: test {task.unit} {found.quality:.4f} at {found.share:.3f} of the operations"
                 )
@@ -323,14 +333,16 @@ def draw(
     for label, (name, _, _) in networks.items():
         mine = [row["found"] for row in rows if row["label"] == label]
         quality = [found.quality for found in mine]
+        timed.setdefault(name, [])  # keeps the method's colour
         points.setdefault(name, []).append(([found.share for found in mine], quality))
         if "ms_b32" in times[label]:
-            timed.setdefault(name, []).append(([times[label]["ms_b32"]], quality))
+            timed[name].append(([times[label]["ms_b32"]], quality))
     label = "test bits per character" if task.unit == "bpc" else "test error"
     share = "share of the dense network's operations"
     pruning_report.draw_tradeoff(points, folder / "flops.png", share, label, f"{task.name}: quality against operations")
     options = ("ms for 32 samples", label, f"{task.name}: quality against time")
-    pruning_report.draw_tradeoff(timed, folder / "time.png", *options)
+    if any(timed.values()):
+        pruning_report.draw_tradeoff(timed, folder / "time.png", *options)
     openness = {name: kept[name].openness for name in networks if kept[name].openness and "random" not in name}
     pruning_report.draw_openness(openness, task.groups, folder / "open.png", f"What opens for which input, {task.name}")
     if isinstance(task, pruning_tasks.Characters):
@@ -363,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for budget in config.budgets:  # refuses what no network can be made for
                     model = build(name, sizes(config, tasks[0]), tasks[0], budget, config.seed, config.blocks)
                     jax.eval_shape(model.init, jax.random.key(0), tasks[0].batch_at(0)["tokens"])
-            workdir.open()
+            started -= earlier(workdir.open().path)
     if workdir.summary is not None:
         print(f"{workdir.path} holds a finished run; choose another --workdir to train again")
     else:

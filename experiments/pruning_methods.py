@@ -53,19 +53,24 @@ def build(name: str, config: Config, task: Task, budget: float, seed: int, block
         fitted = {"small": narrower, "thin": thinner}.get(kind, lambda config, *_: config)
         return Plain(fitted(config, budget, task), task.causal)
     prompt: dict[str, Any] = {"prompt": task.prompt} if task.causal else {}
+    whole = costs(config, task.length, causal=task.causal)
+    closed = Gates(heads=jnp.zeros((config.layers, whole.heads[0])), blocks=jnp.zeros((config.layers, 1)))
     if kind == "sequence":
         extra: dict[str, Any] = {} if random is None else {"seed": seed, "budget": budget}
-        return Buckets(**common, **prompt, **extra, blocks=blocks)
+        buckets = Buckets(**common, **prompt, **extra, blocks=blocks)
+        return _reaching(name, budget, buckets.costs(task.length)[0], buckets)
     if kind == "layers":
-        return Gated(**common, prune=("layers",), per="token", choice=GumbelSigmoid(start=0.9))
+        gated = Gated(**common, prune=("layers",), per="token", choice=GumbelSigmoid(start=0.9))
+        return _reaching(name, budget, whole.fixed / whole.total, gated)
     if kind == "token":
-        return Gated(**common, per="token", choice=GumbelSigmoid(start=0.9), blocks=blocks)
+        gated = Gated(**common, per="token", choice=GumbelSigmoid(start=0.9), blocks=blocks)
+        return _reaching(name, budget, pruning.share(whole, closed, all_keys=True), gated)
     if kind == "static" and random is None:
-        return Gated(**common, choice=HardConcrete(start=0.9), blocks=blocks)
+        gated = Gated(**common, choice=HardConcrete(start=0.9), blocks=blocks)
+        return _reaching(name, budget, pruning.share(whole, closed), gated)
 
     def share(model: Any) -> float:
         """Of a network that keeps a fixed number, found from shapes alone."""
-        whole = costs(config, task.length, causal=task.causal)
         if isinstance(model, MixtureOfDepths):
             part = model.chosen(task.length) / task.length
             tokens = jnp.asarray([[[part if l in routed else 1.0]] for l in range(config.layers)])
@@ -95,32 +100,43 @@ def build(name: str, config: Config, task: Task, budget: float, seed: int, block
 def narrower(config: Config, budget: float, task: Task) -> Config:
     """The dense network of a share of the operations, of the shape nearest to the original's."""
     heads, ratio = config.heads_by_layer[0], config.ffn_by_layer[0] / config.width
-    found = []
-    for width in range(2 * heads, config.width + 1, 2 * heads):
-        sized = dataclasses.replace(config, width=width, head_width=None)
-        found.append((sized, _fit_ffn(sized, budget, task, config)))
-    fits = [(abs(f / sized.width - ratio), dataclasses.replace(sized, ffn=f)) for sized, f in found if f]
-    return min(fits, key=lambda pair: pair[0])[1]
+    widths = range(2 * heads, config.width + 1, 2 * heads)
+    shapes = [dataclasses.replace(config, width=width, head_width=None) for width in widths]
+    fits = _fitting("small", shapes, budget, task, config)
+    return min(fits, key=lambda sized: abs(sized.ffn_by_layer[0] / sized.width - ratio))
 
 
 def thinner(config: Config, budget: float, task: Task) -> Config:
     """The dense network of full width and a share of the operations, its heads and hidden units alike fewer."""
-    whole, ffn = config.heads_by_layer[0], config.ffn_by_layer[0]
-    found = []
-    for heads in range(1, whole + 1):
-        sized = dataclasses.replace(config, heads=heads, head_width=config.head_size)
-        units = _fit_ffn(sized, budget, task, config)
-        if units:
-            found.append((abs(heads / whole - units / ffn), dataclasses.replace(sized, ffn=units)))
-    return min(found, key=lambda pair: pair[0])[1]
+    whole, ffn, size = config.heads_by_layer[0], config.ffn_by_layer[0], config.head_size
+    shapes = [dataclasses.replace(config, heads=heads, head_width=size) for heads in range(1, whole + 1)]
+    fits = _fitting("thin", shapes, budget, task, config)
+    return min(fits, key=lambda sized: abs(sized.heads_by_layer[0] / whole - sized.ffn_by_layer[0] / ffn))
 
 
-def _fit_ffn(sized: Config, budget: float, task: Task, dense: Config) -> int:
-    """Hidden units that bring a network to the budget, in steps of 4; 0 if there are none."""
-    wanted = budget * costs(dense, task.length, causal=task.causal).total
-    base, four = (costs(dataclasses.replace(sized, ffn=ffn), task.length, causal=task.causal).total for ffn in (4, 8))
-    units = 4 + 4 * round((wanted - base) / (four - base))
-    return max(0, units)
+def _fitting(name: str, shapes: list[Config], budget: float, task: Task, dense: Config) -> list[Config]:
+    """Those of the shapes that hidden units, in steps of 4, bring to the budget."""
+
+    def total(sized: Config) -> float:
+        return costs(sized, task.length, causal=task.causal).total
+
+    found, wanted = [], budget * total(dense)
+    for sized in shapes:
+        four, eight = (total(dataclasses.replace(sized, ffn=ffn)) for ffn in (4, 8))
+        units = 4 + 4 * round((wanted - four) / (eight - four))
+        if units > 0:
+            found.append(dataclasses.replace(sized, ffn=units))
+    if not found:
+        low = total(dataclasses.replace(shapes[0], ffn=4)) / total(dense)
+        raise ValueError(f"--budgets has {budget}, expected {low:.2f} to 1 for {name}, which gets no smaller")
+    return found
+
+
+def _reaching(name: str, budget: float, least: Any, model: nn.Module) -> nn.Module:
+    """The network, if a Lagrangian can lead it to the budget."""
+    if budget < float(least):
+        raise ValueError(f"--budgets has {budget}, expected {float(least):.2f} to 1 for {name}, which prunes no more")
+    return model
 
 
 def auxiliary(out: dict[str, Any]) -> Array:

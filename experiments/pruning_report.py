@@ -3,7 +3,7 @@
 B samples, L positions, G groups of positions, U units of a layer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,10 +38,21 @@ class Found(NamedTuple):
     openness: dict[str, np.ndarray]
 
 
-def evaluate(name: str, model: Any, params: Any, task: Task, split: str, dense: Config) -> Found:
-    """Evaluates a network as it is served: gates that are deterministic, and causal in a decoder."""
+def make_evaluate(name: str, model: Any, task: Task, dense: Config) -> Callable[[Any, str], Found]:
+    """Builds what evaluates a network as it is served: gates that are deterministic, and causal in a decoder.
 
-    def run(params: Any, batch: Any, groups: jax.Array) -> Any:
+    Args:
+        name: the method's.
+        model: its network.
+        task: what it learned.
+        dense: the network whose operations are the measure.
+
+    Returns:
+        (params, split) -> what was found; compiled once, however often it is called.
+    """
+
+    @jax.jit
+    def step(params: Any, batch: Any, groups: jax.Array) -> Any:
         options = {} if task.causal else {"mask": batch["mask"]}
         out = model.apply({"params": params}, batch["tokens"], **options)
         share = jnp.broadcast_to(out["share"], batch["tokens"].shape[:1])
@@ -49,33 +60,25 @@ def evaluate(name: str, model: Any, params: Any, task: Task, split: str, dense: 
         sums = {kind: jnp.einsum("nblu,blg->gnu", g, there) for kind, g in expanded(out["gates"], groups.shape).items()}
         return task.figures(out["logits"], batch), share, sums, there.sum((0, 1))
 
-    step, parts = jax.jit(run), []
-    for batch, count in task.batches(split, SIZE):
-        weights = {**batch, "mask": batch["mask"] & (np.arange(SIZE) < count)[:, None]}
-        figures, share, sums, seen = step(params, weights, task.group_of(batch))
-        lengths = batch["mask"][:count].sum(-1)
-        parts.append(
-            (
-                np.asarray(figures)[:count],
-                np.asarray(share)[:count],
-                lengths,
-                jax.tree.map(np.asarray, sums),
-                np.asarray(seen),
-            )
+    def evaluate(params: Any, split: str) -> Found:
+        parts = []
+        for batch, count in task.batches(split, SIZE):
+            weights = {**batch, "mask": batch["mask"] & (np.arange(SIZE) < count)[:, None]}
+            figures, share, sums, seen = jax.tree.map(np.asarray, step(params, weights, task.group_of(batch)))
+            parts.append((figures[:count], share[:count], batch["mask"][:count].sum(-1), sums, seen))
+        figures, share, lengths = (np.concatenate([part[i] for part in parts]) for i in range(3))
+        own = model.config if isinstance(model, Plain) else dense
+        by_length, whole = (
+            {n: costs(sized, int(n), causal=task.causal).total for n in np.unique(lengths)} for sized in (own, dense)
         )
-    own = model.config if isinstance(model, Plain) else dense
-    by_length = {
-        int(n): costs(own, int(n), causal=task.causal).total for n in np.unique(np.concatenate([p[2] for p in parts]))
-    }
-    whole = {n: costs(dense, n, causal=task.causal).total for n in by_length}
-    lengths, share = (np.concatenate([p[i] for p in parts]) for i in (2, 1))
-    extra = 0.0 if isinstance(model, Plain) else router_share(params, dense, task, name)
-    flops = np.array([s * by_length[int(n)] + extra * whole[int(n)] for s, n in zip(share, lengths, strict=True)])
-    seen = sum(p[4] for p in parts)
-    openness = {kind: sum(p[3][kind] for p in parts) / np.maximum(seen, 1)[:, None, None] for kind in parts[0][3]}
-    quality = float(np.concatenate([p[0] for p in parts]).mean())
-    total = sum(whole[int(n)] for n in lengths)
-    return Found(quality, float(flops.sum() / total), flops / lengths, openness)
+        extra = 0.0 if isinstance(model, Plain) else router_share(params, dense, task, name)
+        flops = np.array([s * by_length[n] + extra * whole[n] for s, n in zip(share, lengths, strict=True)])
+        seen = np.maximum(sum(part[4] for part in parts), 1)[:, None, None]
+        openness = {kind: sum(part[3][kind] for part in parts) / seen for kind in parts[0][3]}
+        total = sum(whole[n] for n in lengths)
+        return Found(float(figures.mean()), float(flops.sum() / total), flops / lengths, openness)
+
+    return evaluate
 
 
 def expanded(gates: Gates, shape: tuple[int, ...]) -> dict[str, jax.Array]:
@@ -99,14 +102,24 @@ def expanded(gates: Gates, shape: tuple[int, ...]) -> dict[str, jax.Array]:
 
 
 def compute_by_position(model: Any, params: Any, tokens: np.ndarray, task: Task, dense: Config) -> np.ndarray:
-    """The share of the dense network's operations that each position takes, [B, L]."""
-    out = jax.jit(lambda p, t: model.apply({"params": p}, t)["gates"])(params, tokens)
-    gates = expanded(out, tokens.shape)
-    flat = {kind: g.reshape(g.shape[0], -1, g.shape[-1]) for kind, g in gates.items()}
-    layer = {"layer": flat.pop("layers")[..., 0]} if "layers" in flat else {}
-    whole = costs(dense, task.length, causal=task.causal)
-    share = jax.vmap(lambda g: pruning.share(whole, g), in_axes=1)(Gates(**flat, **layer))
-    return np.asarray(share).reshape(tokens.shape)
+    """The share of the dense network's operations that each position takes, [B, L]; its mean is what gates leave."""
+    whole, all_keys = costs(dense, tokens.shape[1], causal=task.causal), getattr(model, "per", None) == "token"
+
+    def position(gates: dict[str, jax.Array], keys: jax.Array) -> jax.Array:
+        scores = tuple(cost * part for cost, part in zip(whole.scores, keys, strict=True))
+        now = whole._replace(scores=scores)
+        layer = {"layer": gates["layers"][..., 0]} if "layers" in gates else {}
+        part = Gates(**{kind: gate for kind, gate in gates.items() if kind != "layers"}, **layer)
+        return pruning.share(now, part, all_keys=all_keys) * now.total / whole.total
+
+    @jax.jit
+    def run(params: Any, tokens: Any) -> jax.Array:
+        gates = expanded(model.apply({"params": params}, tokens)["gates"], tokens.shape)
+        attended = gates["layers"][..., 0].mean(2) if "layers" in gates else jnp.ones((dense.layers, len(tokens)))
+        along = jax.vmap(position, in_axes=(1, None), axis_size=tokens.shape[1])  # over positions, of one sample
+        return jax.vmap(along, in_axes=(1, 1))(gates, attended)
+
+    return np.asarray(run(params, tokens))
 
 
 def measure(networks: Mapping[str, tuple[str, Any, Any]], task: Task, repeats: int) -> dict[str, dict[str, float]]:
@@ -208,8 +221,8 @@ def draw_openness(found: Mapping[str, dict[str, np.ndarray]], groups: tuple[str,
     figure = Figure(figsize=(9.0, 0.9 + 1.25 * len(rows)), layout="constrained")
     for axes, (name, kind, part) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
         layers, units = part.shape[1:]
-        labels = [f"layer {l + 1}" if u == units // 2 else "" for l in range(layers) for u in range(units)]
-        plot_utilisation(axes, part.reshape(len(groups), -1), groups, labels)
+        plot_utilisation(axes, part.reshape(len(groups), -1), groups, [""] * (layers * units))
+        axes.set_xticks([(l + 0.5) * units - 0.5 for l in range(layers)], [f"layer {l + 1}" for l in range(layers)])
         for l in range(1, layers):
             axes.axvline(l * units - 0.5, color="white", linewidth=1.5)
         axes.set_title(f"{name.replace('_', ' ')}: {kind}", loc="left", fontsize=9)

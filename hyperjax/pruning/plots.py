@@ -18,7 +18,7 @@ def plot_tradeoff(
 
     Args:
         axes: to draw on.
-        points: by method, for each budget: costs [S] and qualities [S].
+        points: by method, for each budget: costs [S] and qualities [S]; a method without any keeps its colour free.
         xlabel: what the costs are.
         ylabel: what the qualities are.
 
@@ -26,18 +26,20 @@ def plot_tradeoff(
         The axes.
     """
     learned = [name for name in points if not _reference(name)]
+    lines: dict[str, Any] = {}  # without error bars, which would hide the markers in the legend
     for name, found in points.items():
+        if not found:
+            continue
         number = learned.index(name) if name in learned else [n for n in points if _reference(n)].index(name)
         color = COLORS[number % len(COLORS)] if name in learned else GREY
         marker = MARKERS[number % len(MARKERS)]
         x, y = ([float(np.mean(pair[i])) for pair in found] for i in (0, 1))
         dx, dy = ([_deviation(pair[i]) for pair in found] for i in (0, 1))
-        axes.errorbar(
+        lines[name.replace("_", " ")] = axes.errorbar(
             x,
             y,
             xerr=dx,
             yerr=dy,
-            label=name.replace("_", " "),
             color=color,
             marker=marker,
             markersize=6,
@@ -46,13 +48,13 @@ def plot_tradeoff(
             elinewidth=1,
             capsize=2,
             linestyle="-" if name in learned else "--",
-        )
+        )[0]
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(color="#e6e6e6", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes.legend(lines.values(), lines.keys(), fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return axes
 
 

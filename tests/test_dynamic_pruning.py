@@ -1,0 +1,301 @@
+"""experiments/dynamic_pruning.py: what a run leaves, resuming to the bit, teachers, penalties, passages, bad input."""
+
+import importlib.util
+import json
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from hyperjax import training
+from hyperjax.pruning import costs
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # tyro reads the comments of the fields from its source
+    spec.loader.exec_module(module)
+    return module
+
+
+tasks, methods, report = (load_script(f"pruning_{name}") for name in ("tasks", "methods", "report"))
+script = load_script("dynamic_pruning")
+SIZES = ["--layers=2", "--width=16", "--heads=2", "--ffn=32", "--blocks=4", "--length=24", "--prompt=8", "--batch=4"]
+TINY = [*SIZES, "--steps=8", "--log-every=2", "--eval-every=4", "--eval-windows=8", "--repeats=1", "--budgets=0.85"]
+CAUSAL = [name for name in methods.METHODS if name != "expert_choice"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cheap_compilation(tmp_path_factory):
+    """Compiles each program once, and without optimizing it: most of the time would go into that."""
+    changes = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled"))}
+    changes |= {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_disable_most_optimizations": True}
+    before = {name: jax.config.values[name] for name in changes}
+    for name, value in changes.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    assert script.main([*TINY, "--methods", *CAUSAL, f"--workdir={workdir}"]) == 0
+    return workdir
+
+
+def read_summary(workdir):
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert not any(isinstance(value, dict | list) for value in summary.values())
+    assert set("params params_unique seconds device jax_version git_commit seed data steps".split()) <= summary.keys()
+    return summary
+
+
+def folder(name, seed=0):
+    return f"{name}{'' if name == 'dense' else '_85'}-seed{seed}"
+
+
+def test_a_run_leaves_what_it_should(finished):
+    summary, names = read_summary(finished), {path.name for path in finished.iterdir()}
+    pictures = {"flops.png", "time.png", "open.png", "compute.png"}
+    assert names >= {"config.json", *pictures, *map(folder, CAUSAL)}
+    for path in [*(finished / name for name in pictures), *finished.glob("*/curves.png")]:
+        assert path.read_bytes().startswith(b"\x89PNG")
+    for name in CAUSAL:
+        label = folder(name).removesuffix("-seed0")
+        wanted = {"bpc_mean", "share_mean", "params", *(f"flops_per_token_p{p}" for p in (5, 50, 95))}
+        assert {f"{label}_{key}" for key in wanted} <= summary.keys()
+        assert 0 < summary[f"{label}_bpc_mean"] < 9
+        p5, p50, p95 = (summary[f"{label}_flops_per_token_p{p}"] for p in (5, 50, 95))
+        assert p5 <= p50 <= p95
+        assert (finished / folder(name) / "curves.png").exists()
+        rows = training.read_lines(finished / folder(name) / "metrics.jsonl")
+        assert [row["step"] for row in rows if "loss" in row] == [2, 4, 6, 8]
+        assert [row["step"] for row in rows if "valid_bpc" in row] == [4, 8]
+    assert summary["params"] == summary["params_unique"] == summary["dense_params"] == summary["static_85_params"] - 12
+    assert summary["dense_params"] == summary["token_85_params"] - 2 * (16 * 6 + 6)
+    assert (summary["data"], summary["steps"], summary["seed"], summary["dense_share_mean"]) == ("pydoc", 8, 0, 1.0)
+
+
+def test_times_are_of_what_saves_some(finished):
+    summary = read_summary(finished)
+    for name in CAUSAL:
+        label = folder(name).removesuffix("-seed0")
+        timed = {key for key in ("ms_b1", "ms_b32", "decode_ms") if f"{label}_{key}" in summary}
+        wanted = {"ms_b1", "ms_b32"} if name in ("dense", "small", "thin", "static", "sequence") else set()
+        wanted |= {"ms_b1", "ms_b32"} if name in ("experts", "random_experts") else set()
+        assert timed == wanted | ({"decode_ms"} if name in ("dense", "small", "thin", "static", "layers", "mod") else set())
+        if "ms_b32" in timed:
+            speed = summary[f"{label}_tokens_per_second"] * summary[f"{label}_ms_b32"] / 1e3
+            assert speed == pytest.approx(32 * 24)
+
+
+def test_every_method_costs_what_the_budget_says(finished):
+    summary = read_summary(finished)
+    whole = summary["dense_flops_per_token_p50"]
+    task = script.load(script.Config(length=24, prompt=8), 0)
+    dense = script.Sizes(task.vocabulary, layers=2, width=16, heads=2, ffn=32, length=24)
+    assert whole == costs(dense, 24).total / 24
+    for name in ("small", "thin"):
+        assert summary[f"{name}_85_share_mean"] == pytest.approx(0.85, rel=0.02)
+        assert summary[f"{name}_85_params"] < summary["params"]
+    for name in ("experts", "random_static", "random_sequence", "random_mod", "random_experts"):  # as near as sizes allow
+        assert summary[f"{name}_85_share_mean"] == pytest.approx(0.85, abs=0.05)
+    for name in CAUSAL[1:]:
+        mean = summary[f"{name}_85_share_mean"]
+        assert summary[f"{name}_85_flops_per_token_p5"] <= whole * mean * (1 + 1e-6)
+        assert summary[f"{name}_85_flops_per_token_p95"] >= whole * mean * (1 - 1e-6)
+
+
+def test_the_same_command_prints_the_summary(finished, capsys):
+    before = (finished / "summary.json").read_bytes()
+    assert script.main([*TINY, "--methods", *CAUSAL, f"--workdir={finished}"]) == 0
+    printed = capsys.readouterr().out
+    assert "holds a finished run; choose another --workdir" in printed
+    assert "sequence_85_share_mean" in printed
+    assert (finished / "summary.json").read_bytes() == before
+
+
+def test_an_interrupted_run_resumes_to_the_same_files(finished, tmp_path, monkeypatch, capsys):
+    chosen = ["dense", "mod", "static"]
+    command, batch_at, sixth = [*TINY, "--methods", *chosen, f"--workdir={tmp_path}"], tasks.Characters.batch_at, []
+
+    def stop_in_the_second(task, step):
+        sixth.extend([step] * (step == 5))
+        if step == 5 and len(sixth) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return batch_at(task, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tasks.Characters, "batch_at", stop_in_the_second)
+        with pytest.raises(SystemExit) as stop:
+            script.main(command)
+    assert (stop.value.code, len(sixth)) == (130, 2)
+    assert not (tmp_path / "summary.json").exists()
+    assert not (tmp_path / folder("static")).exists()
+    spent = script.earlier(tmp_path)
+    assert spent > 0
+    capsys.readouterr()
+    assert script.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "dense-seed0: after step 8 of 8" in printed
+    assert "mod_85-seed0: after step 6 of 8" in printed
+    for name in chosen:
+        path = Path(folder(name)) / "metrics.jsonl"
+        assert (tmp_path / path).read_bytes() == (finished / path).read_bytes()
+    summary, whole = read_summary(tmp_path), read_summary(finished)
+    assert summary["seconds"] > spent
+    exact = [key for key in summary if not any(word in key for word in ("seconds", "second", "ms"))]
+    assert len(exact) > 25
+    assert {key: summary[key] for key in exact} == {key: whole[key] for key in exact}
+
+
+def test_data_that_changed_is_not_trained_on(finished, tmp_path, monkeypatch, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir, ignore=shutil.ignore_patterns("summary.json"))
+    monkeypatch.setattr(tasks.Characters, "fingerprint", "another")
+    before = (workdir / "dense-seed0" / "metrics.jsonl").read_bytes()
+    assert_refused([*TINY, "--methods", *CAUSAL, f"--workdir={workdir}"], "the data pydoc has changed since", capsys)
+    assert (workdir / "dense-seed0" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_teacher_changes_what_is_learned(finished, tmp_path):
+    assert script.main([*TINY, "--methods", "dense", "small", "--distill=2", f"--workdir={tmp_path}"]) == 0
+    same, other = ("dense-seed0/metrics.jsonl", "small_85-seed0/metrics.jsonl")
+    assert (tmp_path / same).read_bytes() == (finished / same).read_bytes()
+    taught, alone = (training.read_lines(path / other)[0] for path in (tmp_path, finished))
+    assert taught["task_loss"] != alone["task_loss"]
+    assert alone["loss"] == alone["task_loss"] < taught["loss"] - 1e-3
+
+
+@pytest.mark.parametrize("penalty", ["flops", "l1", "l2"])
+def test_penalties_weigh_what_is_open(tmp_path, penalty):
+    chosen = [f"--penalty={penalty}", "--penalty-weight=0.5", "--log-every=1", "--methods", "static"]
+    assert script.main([*TINY, *chosen, f"--workdir={tmp_path}"]) == 0
+    rows = [row for row in training.read_lines(tmp_path / "static_85-seed0" / "metrics.jsonl") if "loss" in row]
+    added = [row["loss"] - row["task_loss"] for row in rows]
+    assert added[0] == pytest.approx(0, abs=1e-6)  # it sets in slowly
+    if penalty == "flops":
+        assert added[-1] == pytest.approx(0.5 * rows[-1]["share"], abs=1e-5)
+    assert all(0.1 < value < 0.5001 for value in added[3:])
+    assert read_summary(tmp_path)["params"] == read_summary(tmp_path)["static_85_params"]
+
+
+def test_passages_of_two_seeds(tmp_path, capsys):
+    chosen = ["--data=topic", "--methods", "dense", "expert_choice", "sequence", "mod", "token"]
+    assert script.main([*TINY, *chosen, "--length=48", "--seeds=2", f"--workdir={tmp_path}"]) == 0
+    summary = read_summary(tmp_path)
+    for label in ("dense", "expert_choice_85", "sequence_85", "mod_85", "token_85"):
+        assert 0 <= summary[f"{label}_error_mean"] <= 1
+        assert summary[f"{label}_error_std"] >= 0
+        assert (f"{label}_ms_b32" in summary) == (label != "token_85")
+        assert f"{label}_decode_ms" not in summary
+        name = label.removesuffix("_85")
+        errors = [training.read_lines(tmp_path / folder(name, n) / "metrics.jsonl")[-1]["valid_error"] for n in (0, 1)]
+        assert all(error * 8 == pytest.approx(round(error * 8)) for error in errors)
+    assert summary["mod_85_flops_per_token_p5"] < summary["mod_85_flops_per_token_p95"]
+    assert not (tmp_path / "compute.png").exists()
+    assert "2 seeds, 8 steps of 4 x 48" in capsys.readouterr().out
+
+
+def test_a_method_that_only_masks_needs_no_picture_of_time(tmp_path):
+    assert script.main([*TINY, "--methods", "random_static", f"--workdir={tmp_path}"]) == 0
+    assert (tmp_path / "flops.png").exists()
+    assert not (tmp_path / "time.png").exists()
+
+
+def test_presets():
+    quick, passages, cpu = script.defaults(), script.defaults("quick", "topic"), script.defaults("cpu")
+    assert (quick.data, quick.seeds, quick.layers, quick.budgets) == ("pydoc", 1, 3, (0.6,))
+    assert "expert_choice" in passages.methods
+    assert (cpu.data, cpu.seeds, cpu.width) == ("ptb", 3, 96)
+    for config in (quick, passages, cpu, script.defaults("cpu", "corpus")):
+        script.check(config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--preset=paper"], "--preset is paper, expected quick or cpu"),
+        (["--data=digits"], "--data is digits, expected one of pydoc, ptb, topic, shuffled, corpus"),
+        (["--data=ptb", "--data-dir=absent"], "absent"),
+        (["--budgets=0"], "--budgets is (0.0,), expected in (0, 1]"),
+        (["--budgets=1.5"], "--budgets is (1.5,), expected in (0, 1]"),
+        (["--budgets=nan"], "--budgets is (nan,), expected in (0, 1]"),
+        (["--budgets", "0.5", "0.5"], "--budgets is (0.5, 0.5), expected each once"),
+        (["--methods", "dense", "dense"], "--methods is ('dense', 'dense'), expected each once"),
+        (["--methods", "moe"], "--methods is ('moe',), expected some of dense, small"),
+        (["--methods", "expert_choice"], "need a causal model"),
+        (["--blocks=3"], "--blocks is 3, expected a divisor of --ffn, 32"),
+        (["--prompt=24"], "--prompt is 24, expected 1 to 23"),
+        (["--length=10000000"], "--length is 10000000, expected below"),
+        (["--heads=3"], "--heads is 3, expected a divisor of half of --width, 16"),
+        (["--heads=16"], "--heads is 16, expected a divisor of half of --width, 16"),
+        (["--layers=1", "--methods", "mod"], "--layers is 1, expected 2 or more for mod"),
+        (["--layers=1", "--methods", "sequence"], "--layers is 1, expected 2 or more for sequence"),
+        (["--budgets=0.1", "--methods", "small"], "--budgets has 0.1, expected 0.17 to 1 for small"),
+        (["--budgets=0.1", "--methods", "thin"], "--budgets has 0.1, expected 0."),
+        (["--budgets=0.1", "--methods", "static"], "--budgets has 0.1, expected 0."),
+        (["--budgets=0.3", "--methods", "token"], "--budgets has 0.3, expected 0."),
+        (["--budgets=0.1", "--methods", "layers"], "--budgets has 0.1, expected 0."),
+        (["--budgets=0.3", "--methods", "sequence"], "--budgets has 0.3, expected 0."),
+        (["--budgets=0.3", "--methods", "random_sequence"], "--budgets has 0.3, expected 0."),
+        (["--budgets=0.3", "--methods", "mod"], "--budgets has 0.3, expected 0."),
+        (["--budgets=0.5", "--methods", "experts"], "--budgets has 0.5, expected 0."),
+        (["--steps=0"], "--steps is 0, expected 1 or more"),
+        (["--seed=-1"], "--seed is -1, expected a whole number from 0"),
+        (["--learning-rate=nan"], "--learning-rate is nan, expected a positive number"),
+        (["--penalty=l3"], "--penalty is l3, expected lagrangian, flops, l1, l2"),
+        (["--dropout=1"], "dropout is 1.0, expected a share of at least 0 and below 1"),
+        (["--distill=1", "--methods", "small", "dense"], "expected dense first, the teacher of --distill"),
+        (["--data=topic", "--batch=100000"], "batch 100000 exceeds"),
+        (["--budget=0.5"], "did you mean --budgets?"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, line):
+    monkeypatch.chdir(tmp_path)
+    assert_refused([*TINY[:-1], *arguments], line, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def assert_refused(arguments, line, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main(arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert line in error
+
+
+def test_windows_of_a_text_are_judged_behind_their_prompts():
+    task = script.load(script.Config(length=24, prompt=8, eval_windows=5), 0)
+    (batch, count), (rest, last) = task.batches("test", 4)
+    text = np.asarray(task.corpus.test)
+    assert (count, last) == (4, 1)
+    for row, (tokens, targets) in enumerate(zip(batch["tokens"], batch["targets"], strict=True)):
+        np.testing.assert_array_equal(tokens, text[16 * row : 16 * row + 24])
+        np.testing.assert_array_equal(targets, text[16 * row + 1 : 16 * row + 25])
+    np.testing.assert_array_equal(rest["tokens"][0], text[64:88])
+    logits = np.random.default_rng(0).normal(size=(4, 24, task.vocabulary)).astype(np.float32)
+    worse = logits.copy()
+    worse[:, :8] = 0
+    np.testing.assert_array_equal(task.figures(logits, batch), task.figures(worse, batch))
+    likely = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    bits = -np.log2(np.take_along_axis(likely, batch["targets"][..., None], 2))[:, 8:, 0]
+    np.testing.assert_allclose(task.figures(logits, batch), bits.mean(-1), rtol=1e-5)
+    kinds = "".join("ldse."[kind] for kind in task.group_of(batch)[0])
+    symbols = task.corpus.decode(batch["tokens"][0])
+    wanted = [("l", str.isalpha), ("d", str.isdigit), ("s", " ".__eq__), ("e", "\n".__eq__)]
+    assert kinds == "".join(next((kind for kind, test in wanted if test(s)), ".") for s in symbols)
