@@ -58,7 +58,8 @@ def finished(tmp_path_factory):
 def read_summary(workdir):
     summary = json.loads((workdir / "summary.json").read_text())
     assert not any(isinstance(value, dict | list) for value in summary.values())
-    assert set("params params_unique seconds device jax_version git_commit seed data steps".split()) <= summary.keys()
+    needed = "params params_unique seconds device jax_version git_commit seed data steps"
+    assert set(needed.split()) <= summary.keys()
     return summary
 
 
@@ -95,7 +96,9 @@ def test_times_are_of_what_saves_some(finished):
         timed = {key for key in ("ms_b1", "ms_b32", "decode_ms") if f"{label}_{key}" in summary}
         wanted = {"ms_b1", "ms_b32"} if name in ("dense", "small", "thin", "static", "sequence") else set()
         wanted |= {"ms_b1", "ms_b32"} if name in ("experts", "random_experts") else set()
-        assert timed == wanted | ({"decode_ms"} if name in ("dense", "small", "thin", "static", "layers", "mod") else set())
+        assert timed == wanted | (
+            {"decode_ms"} if name in ("dense", "small", "thin", "static", "layers", "mod") else set()
+        )
         if "ms_b32" in timed:
             speed = summary[f"{label}_tokens_per_second"] * summary[f"{label}_ms_b32"] / 1e3
             assert speed == pytest.approx(32 * 24)
@@ -110,7 +113,13 @@ def test_every_method_costs_what_the_budget_says(finished):
     for name in ("small", "thin"):
         assert summary[f"{name}_85_share_mean"] == pytest.approx(0.85, rel=0.02)
         assert summary[f"{name}_85_params"] < summary["params"]
-    for name in ("experts", "random_static", "random_sequence", "random_mod", "random_experts"):  # as near as sizes allow
+    for name in (
+        "experts",
+        "random_static",
+        "random_sequence",
+        "random_mod",
+        "random_experts",
+    ):  # as near as sizes allow
         assert summary[f"{name}_85_share_mean"] == pytest.approx(0.85, abs=0.05)
     for name in CAUSAL[1:]:
         mean = summary[f"{name}_85_share_mean"]

@@ -130,13 +130,16 @@ def test_gathered_positions_are_the_masked_form(causal):
         {"params": variables["params"]["model"]}, TEXT, gates=Gates(tokens=tokens), **options
     )
     np.testing.assert_allclose(out["logits"], masked["logits"], rtol=0, atol=1e-5 * np.abs(masked["logits"]).max())
-    if causal:  # the predictor learns who was chosen, and moves nothing else
+    if causal:  # the predictor learns who was chosen, its threshold how many, and nothing else
         _, predicted = model.apply(variables, 1, out["layers"][0]["state"], None, None, method="_scores")
-        wanted = (jax.nn.softplus(predicted) - chosen * predicted).mean()
+        gap = predicted - variables["params"]["threshold_1"]
+        quantile = np.where(gap > 0, 0.6 * gap, -0.4 * gap).mean()  # least where a share of 0.4 is above
+        wanted = (jax.nn.softplus(predicted) - chosen * predicted).mean() + quantile
         assert out["losses"]["predictor"] == pytest.approx(float(wanted), rel=1e-5)
         gradient = jax.jit(jax.grad(lambda v: model.apply(v, TEXT, KEY)["losses"]["predictor"]))(variables)["params"]
         moved = {name for name, part in gradient.items() if any(np.any(leaf) for leaf in jax.tree.leaves(part))}
-        assert moved == {"predictors_1"}
+        assert moved == {"predictors_1", "threshold_1"}
+        assert gradient["threshold_1"] == pytest.approx(float(0.4 - (gap > 0).mean()), abs=1e-6)
 
 
 def test_how_many_positions_are_chosen():

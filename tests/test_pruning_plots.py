@@ -33,7 +33,7 @@ def test_quality_against_cost(axes):
     lines = dict(zip(("dense", "random_mod", "mod"), (held[0] for held in axes.containers), strict=True))
     for name, line in lines.items():
         want = np.array([[np.mean(values) for values in pair] for pair in points[name]])
-        np.testing.assert_allclose(np.transpose(line.get_data()), want)
+        np.testing.assert_allclose(np.transpose(line.get_data()).astype(float), want)
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("share", "bits")
     legend = axes.get_legend()
     assert [text.get_text() for text in legend.get_texts()] == ["dense", "random mod", "mod"]

@@ -26,8 +26,8 @@ class MixtureOfDepths(nn.Module):
     ahead.** A decoder without a key decides for each position by itself, through a predictor that learned who would be
     among the k: causal, which is what to report and what decodes. It computes a position whose predictor is above a
     threshold that follows the quantile `1 - keep` of the predictors, so that as many are taken as in training, on
-    average; at a fixed probability of a half rare choices would never be predicted. Such masks save nothing in a parallel pass; decoding
-    one sequence by `skip_decode` skips what they leave out.
+    average; at a fixed probability of a half rare choices would never be predicted. Such masks save nothing in a
+    parallel pass; decoding one sequence by `skip_decode` skips what they leave out.
 
     It pays in training and, in an encoder, in serving, at any batch: about as many operations as it saves.
 
@@ -125,6 +125,8 @@ class MixtureOfDepths(nn.Module):
 
     def takes_part(self, number: int, predicted: Array) -> Array:
         """1 where a decoder's own decision is to compute a token, else 0."""
+        if self.keep == 1:
+            return jnp.ones_like(predicted)
         if self.seed is None:
             return (predicted > self.thresholds[str(number)]).astype(jnp.float32)
         return (jax.nn.sigmoid(predicted) > 1 - self.keep).astype(jnp.float32)

@@ -23,7 +23,8 @@ class BucketServer:
     """The networks of all buckets, of which each call runs one, by `lax.switch`.
 
     Each bucket has weights of its own, cut out once: slicing them in every call would take as long as a part of the
-    products. With shares of a quarter, half, three quarters and one, that is 2.5 times the memory of the layers.
+    products. With shares of a quarter, half, three quarters and one, that is 2.5 times the
+    memory of the layers, beside the whole network that decides.
 
     It pays at any batch, for one decision a call. Under `vmap` a switch becomes a selection that runs every branch:
     give sequences that decide for themselves one by one (`each` does, by `lax.map`), or sort them by bucket.

@@ -1,0 +1,248 @@
+"""experiments/pruning_methods.py and pruning_report.py: what is timed is what was judged, and costs are counted."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hyperjax import paramtree
+from hyperjax.pruning import costs
+from hyperjax.transformer import Config, Gates
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tasks, methods, report = (load_script(f"pruning_{name}") for name in ("tasks", "methods", "report"))
+L, PROMPT, BLOCKS = 16, 6, 4
+SETTING = SimpleNamespace(data="pydoc", data_dir=None, length=L, prompt=PROMPT, batch=4, eval_windows=40)
+CHARACTERS = tasks.load(SETTING, 0)
+PASSAGES = tasks.load(SimpleNamespace(**{**vars(SETTING), "data": "topic", "length": 32}), 0)
+
+
+def sizes(task):
+    return Config(task.vocabulary, layers=2, width=16, heads=2, ffn=32, length=task.length, outputs=task.outputs)
+
+
+def made(name, task, budget=0.93):
+    """A network, and parameters drawn at random, so that its routers choose now this and now that."""
+    model, batch = methods.build(name, sizes(task), task, budget, 0, BLOCKS), task.batch_at(0)
+    options = {} if task.causal else {"mask": batch["mask"]}
+    shapes = jax.eval_shape(lambda key: model.init(key, batch["tokens"], **options), jax.random.key(0))["params"]
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        place = jax.tree_util.keystr(path)
+        scale = 0.0 if "threshold" in place else 3.0 if "logits" in place else 0.3
+        return jnp.asarray(float("norm" in place) + scale * rng.normal(size=leaf.shape), jnp.float32)
+
+    return model, jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def judged(model, params, batch, causal):
+    options = {} if causal else {"mask": batch["mask"]}
+    return jax.jit(lambda p: model.apply({"params": p}, batch["tokens"], **options))(params)
+
+
+def first(task, size):
+    return {name: values[:size] for name, values in next(iter(task.batches("test", 8)))[0].items()}
+
+
+def close(found, wanted):
+    assert found.shape == wanted.shape
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("name", ["dense", "small", "thin", "static", "sequence", "experts", "random_experts"])
+def test_what_is_timed_answers_as_what_was_judged(name):
+    model, params = made(name, CHARACTERS)
+    batch = first(CHARACTERS, 8)
+    needed, run, saves = methods.served(name, model, {"params": params}, CHARACTERS)
+    out = judged(model, params, batch, True)
+    close(jax.jit(run)(needed, batch["tokens"], batch["mask"]), out["logits"])
+    assert saves == (name != "dense")
+    if name == "sequence":
+        assert len(np.unique(out["bucket"].argmax(-1))) > 1
+        alone = jax.jit(run)(needed, batch["tokens"][:1], batch["mask"][:1])
+        close(alone, out["logits"][:1])
+    if name == "static":
+        assert paramtree.count(needed) < paramtree.count(params["model"])
+    if name == "experts":
+        assert 0 < np.mean(out["gates"].blocks > 0) < 1
+
+
+@pytest.mark.parametrize("name", ["static", "sequence", "mod", "experts", "expert_choice", "random_mod"])
+def test_passages_are_timed_as_they_were_judged(name):
+    model, params = made(name, PASSAGES)
+    batch = first(PASSAGES, 8)
+    assert not batch["mask"].all()
+    needed, run, saves = methods.served(name, model, {"params": params}, PASSAGES)
+    close(jax.jit(run)(needed, batch["tokens"], batch["mask"]), judged(model, params, batch, False)["logits"])
+    assert saves
+
+
+@pytest.mark.parametrize("name", ["layers", "token", "mod", "random_static", "random_sequence", "random_mod"])
+def test_gates_that_only_multiply_do_not_count_as_faster(name):
+    model, params = made(name, CHARACTERS)
+    _, run, saves = methods.served(name, model, {"params": params}, CHARACTERS)
+    batch = first(CHARACTERS, 2)
+    close(
+        jax.jit(run)({"params": params}, batch["tokens"], batch["mask"]), judged(model, params, batch, True)["logits"]
+    )
+    assert not saves
+
+
+@pytest.mark.parametrize("name", ["dense", "small", "static", "layers", "mod"])
+def test_decoding_answers_as_what_was_judged(name):
+    model, params = made(name, CHARACTERS)
+    tokens = first(CHARACTERS, 1)["tokens"]
+    needed, run = report.decoder(name, model, {"params": params}, CHARACTERS)
+    out = judged(model, params, {"tokens": tokens}, True)
+    close(jax.jit(run)(needed, tokens), out["logits"][0])
+    if name in ("layers", "mod"):
+        assert 0 < np.mean(out["gates"].tokens > 0) < 1
+
+
+@pytest.mark.parametrize("name", ["sequence", "token", "experts", "random_mod", "random_static", "random_sequence"])
+def test_nothing_else_decodes(name):
+    model = methods.build(name, sizes(CHARACTERS), CHARACTERS, 0.93, 0, BLOCKS)
+    assert report.decoder(name, model, {"params": {}}, CHARACTERS) is None
+
+
+def by_hand(name, gates, config):
+    """Operations of each window that gates [layers, B, L, ..] leave of a decoder, position by position."""
+    whole = costs(config, L)
+    heads, blocks, layers = (gates.get(kind) for kind in ("heads", "blocks", "layers"))
+    shape = next(iter(gates.values())).shape[1:3]
+    total = np.full(shape[0], whole.fixed)
+    for l in range(config.layers):
+        there = np.ones(shape) if layers is None else layers[l, ..., 0]
+        queries = (whole.heads[l] if heads is None else heads[l].sum(-1)) * there
+        keys = whole.heads[l] * there if name in ("layers", "token") else queries
+        units = whole.units[l] * (1 if blocks is None else blocks[l].mean(-1)) * there
+        each = there * whole.layer[l] + (queries + keys) / 2 * whole.attention[l] + units * whole.unit[l]
+        total += each.mean(-1) + queries.mean(-1) * there.mean(-1) * whole.scores[l]
+    return total
+
+
+@pytest.mark.parametrize("name", ["static", "sequence", "layers", "token", "mod", "experts", "random_mod"])
+def test_operations_are_counted_window_by_window(name):
+    model, params = made(name, CHARACTERS)
+    dense = sizes(CHARACTERS)
+    found = report.make_evaluate(name, model, CHARACTERS, dense)(params, "test")
+    parts = list(CHARACTERS.batches("test", 8))
+    outs = [(judged(model, params, batch, True), count) for batch, count in parts]
+    gates = [
+        {kind: np.asarray(gate) for kind, gate in report.expanded(out["gates"], (8, L)).items()} for out, _ in outs
+    ]
+    router = {key: value for key, value in params.items() if key != "model"}
+    seen = {"static": 0, "random_mod": 0, "sequence": 1}.get(name, L)
+    wanted = np.concatenate([by_hand(name, each, dense)[:count] for each, (_, count) in zip(gates, outs, strict=True)])
+    wanted += 2 * paramtree.count(router) * seen
+    assert len(found.flops) == SETTING.eval_windows
+    np.testing.assert_allclose(found.flops, wanted / L, rtol=1e-5)
+    assert found.share == pytest.approx(wanted.mean() / costs(dense, L).total, rel=1e-5)
+    figures = [
+        CHARACTERS.figures(out["logits"], batch)[:count] for (out, count), (batch, _) in zip(outs, parts, strict=True)
+    ]
+    assert found.quality == pytest.approx(np.concatenate(figures).mean(), rel=1e-5)
+    if name in ("sequence", "layers", "mod"):
+        assert np.ptp(found.flops) > 0
+    kinds = {"static": {"heads", "blocks"}, "sequence": {"heads", "blocks"}, "token": {"heads", "blocks"}}
+    kinds |= {"experts": {"blocks"}}
+    assert found.openness.keys() == kinds.get(name, {"layers"})
+    for kind, part in found.openness.items():
+        assert part.shape == (5, 2, {"heads": 2, "blocks": BLOCKS, "layers": 1}[kind])
+        groups = np.concatenate([CHARACTERS.group_of(batch)[:count] for batch, count in parts])
+        opened = np.concatenate([each[kind][:, :count] for each, (_, count) in zip(gates, outs, strict=True)], 1)
+        for group in np.unique(groups):
+            np.testing.assert_allclose(part[group], opened[:, groups == group].mean(1), atol=1e-5)
+
+
+def test_short_passages_cost_less():
+    model, params = made("mod", PASSAGES, 0.7)
+    dense = sizes(PASSAGES)
+    found = report.make_evaluate("mod", model, PASSAGES, dense)(params, "test")
+    plain = report.make_evaluate("dense", *made("dense", PASSAGES)[:1], PASSAGES, dense)(
+        made("dense", PASSAGES)[1], "test"
+    )
+    batches = [(batch["mask"][:count].sum(-1), batch) for batch, count in PASSAGES.batches("test", 32)]
+    lengths = np.concatenate([lengths for lengths, _ in batches])
+    whole = np.array([costs(dense, int(n), causal=False).total for n in lengths])
+    np.testing.assert_allclose(plain.flops, whole / lengths)
+    assert plain.share == 1
+    assert found.share == pytest.approx((found.flops * lengths).sum() / whole.sum())
+    assert found.share < 1
+    assert found.openness["layers"].shape == (len(PASSAGES.groups), 2, 1)
+
+
+@pytest.mark.parametrize("name", ["dense", "static", "sequence", "layers", "token", "mod", "experts"])
+def test_compute_by_position_averages_to_the_share(name):
+    model, params = made(name, CHARACTERS)
+    tokens = first(CHARACTERS, 8)["tokens"]
+    found = report.compute_by_position(model, params, tokens, CHARACTERS, sizes(CHARACTERS))
+    share = judged(model, params, {"tokens": tokens}, True)["share"]
+    assert found.shape == tokens.shape
+    np.testing.assert_allclose(found.mean(-1), np.broadcast_to(share, 8), rtol=1e-5)
+    if name == "sequence":
+        np.testing.assert_allclose(found[:, :PROMPT], 1, rtol=1e-6)
+    if name in ("layers", "token", "mod"):
+        assert np.ptp(found, -1).max() > 0.05
+
+
+def test_gates_of_any_axes_are_spread_over_positions():
+    for gate in (np.array([[1.0, 0.0, 0.5]] * 2), np.ones((2, 4, 3)), np.ones((2, 4, 5, 3))):
+        found = report.expanded(Gates(heads=gate), (4, 5))["heads"]
+        assert found.shape == (2, 4, 5, 3)
+        axes = gate.reshape(2, *(1,) * (4 - gate.ndim), *gate.shape[1:]) if gate.ndim == 2 else gate
+        axes = axes[:, :, None] if gate.ndim == 3 else axes
+        np.testing.assert_array_equal(found, np.broadcast_to(axes > 0, (2, 4, 5, 3)))
+    for gates in (Gates(layer=np.array([1.0, 0.0])), Gates(layer=np.array([[1.0] * 4, [0.0] * 4]))):
+        found = report.expanded(gates, (4, 5))
+        assert (found.keys(), found["layers"].shape) == ({"layers"}, (2, 4, 5, 1))
+        assert found["layers"][0].all()
+        assert not found["layers"][1].any()
+
+
+def test_small_networks_of_every_budget():
+    task = SimpleNamespace(length=64, causal=True)
+    dense = Config(97, layers=3, width=64, heads=4, ffn=256, length=64)
+    whole = costs(dense, 64).total
+    for budget in (0.25, 0.4, 0.6, 0.8, 1.0):
+        for fit in (methods.narrower, methods.thinner):
+            small = fit(dense, budget, task)
+            assert costs(small, 64).total == pytest.approx(budget * whole, rel=0.02)
+            assert small.layers == 3
+        assert methods.thinner(dense, budget, task).width == 64
+    assert methods.narrower(dense, 1.0, task) == methods.thinner(dense, 1.0, task).__class__(
+        97, layers=3, width=64, heads=4, ffn=256, length=64
+    )
+
+
+def test_times_are_medians_of_turns(monkeypatch):
+    networks = {name: (name, *made(name, CHARACTERS)) for name in ("dense", "mod", "token")}
+    seconds = {"dense/ms_b1": [3.0, 1.0, 2.0], "dense/ms_b32": [8.0], "dense/decode_ms": [L * 1.0, L * 2.0, L * 4.0]}
+    seconds |= {"mod/decode_ms": [L * 5.0]}
+
+    def timed(runs, repeats):
+        assert (runs.keys(), repeats) == (seconds.keys(), 7)
+        for run in runs.values():
+            jax.block_until_ready(run())
+        return seconds
+
+    monkeypatch.setattr(report, "in_turn", timed)
+    found = report.measure(networks, CHARACTERS, 7)
+    assert found["dense"] == {"ms_b1": 2e3, "ms_b32": 8e3, "decode_ms": 2e3, "tokens_per_second": 32 * L / 8}
+    assert (found["mod"], found["token"]) == ({"decode_ms": 5e3}, {})
