@@ -107,7 +107,7 @@ def check(config: Config) -> None:
         _expect(getattr(config, name) >= 1, name, getattr(config, name), "1 or more")
     for name in ("learning_rate", "gate_rate", "multiplier_rate", "clip", "save_minutes"):
         _expect(0 < getattr(config, name) < math.inf, name, getattr(config, name), "a positive number")
-    for name in ("weight_decay", "penalty_weight", "distill"):
+    for name in ("weight_decay", "penalty_weight", "distill", "multiplier_start"):
         _expect(0 <= getattr(config, name) < math.inf, name, getattr(config, name), "a number of at least 0")
     _expect(config.ffn % config.blocks == 0, "blocks", config.blocks, f"a divisor of --ffn, {config.ffn}")
     characters = config.data in ("pydoc", "ptb")
@@ -312,7 +312,7 @@ def report(rows: list[dict[str, Any]], times: dict[str, dict[str, float]], task:
             f"{label:22}{np.mean(quality):.4f}{spread:>10}{share:8.3f}{flops:>26}{shown[0]:>10}{shown[1]:>10}{shown[2]:>9}"
         )
     lines.append(
-        "times in ms, medians in turn: a sample, 32 samples, a token decoded; - is no faster than dense: only masks"
+        "times in ms, medians in turn: a sample, 32 samples, a token decoded; -: gates that only multiply, or not measured"
     )
     training.say("\n".join(lines))
 

@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pruning_methods import Plain, router_share, served
+from pruning_methods import CAPACITY, Plain, router_share, served
 from pruning_tasks import Task
 
 from hyperjax import pruning
-from hyperjax.pruning import MixtureOfDepths, costs
+from hyperjax.pruning import Experts, MixtureOfDepths, costs
 from hyperjax.timing import compiled, in_turn
 from hyperjax.transformer import Config, Decoder, Gates
 
 SIZE = 32  # samples evaluated together, and batch of the larger measurement
+SINGLES = 8  # samples that latency at batch 1 is the mean of
 TOKENS = 64  # tokens decoded in a measurement
 
 
@@ -54,31 +55,53 @@ def make_evaluate(name: str, model: Any, task: Task, dense: Config) -> Callable[
     @jax.jit
     def step(params: Any, batch: Any, groups: jax.Array) -> Any:
         options = {} if task.causal else {"mask": batch["mask"]}
+        if isinstance(model, Experts):
+            options["capacity"] = CAPACITY
         out = model.apply({"params": params}, batch["tokens"], **options)
-        share = jnp.broadcast_to(out["share"], batch["tokens"].shape[:1])
+        flops = operations(name, model, out["gates"], batch["mask"], task, dense)
         there = jax.nn.one_hot(groups, len(task.groups)) * batch["mask"][..., None]
         sums = {kind: jnp.einsum("nblu,blg->gnu", g, there) for kind, g in expanded(out["gates"], groups.shape).items()}
-        return task.figures(out["logits"], batch), share, sums, there.sum((0, 1))
+        return task.figures(out["logits"], batch), flops, sums, there.sum((0, 1))
 
     def evaluate(params: Any, split: str) -> Found:
         parts = []
         for batch, count in task.batches(split, SIZE):
             weights = {**batch, "mask": batch["mask"] & (np.arange(SIZE) < count)[:, None]}
-            figures, share, sums, seen = jax.tree.map(np.asarray, step(params, weights, task.group_of(batch)))
-            parts.append((figures[:count], share[:count], batch["mask"][:count].sum(-1), sums, seen))
-        figures, share, lengths = (np.concatenate([part[i] for part in parts]) for i in range(3))
-        own = model.config if isinstance(model, Plain) else dense
-        by_length, whole = (
-            {n: costs(sized, int(n), causal=task.causal).total for n in np.unique(lengths)} for sized in (own, dense)
-        )
-        extra = 0.0 if isinstance(model, Plain) else router_share(params, dense, task, name)
-        flops = np.array([s * by_length[n] + extra * whole[n] for s, n in zip(share, lengths, strict=True)])
+            figures, flops, sums, seen = jax.tree.map(np.asarray, step(params, weights, task.group_of(batch)))
+            parts.append((figures[:count], flops[:, :count], batch["mask"][:count].sum(-1), sums, seen))
+        figures, lengths = (np.concatenate([part[i] for part in parts]) for i in (0, 2))
+        flops, whole = np.concatenate([part[1] for part in parts], 1)
+        flops = flops + (0.0 if isinstance(model, Plain) else router_share(params, dense, task, name)) * whole
         seen = np.maximum(sum(part[4] for part in parts), 1)[:, None, None]
         openness = {kind: sum(part[3][kind] for part in parts) / seen for kind in parts[0][3]}
-        total = sum(whole[n] for n in lengths)
-        return Found(float(figures.mean()), float(flops.sum() / total), flops / lengths, openness)
+        return Found(float(figures.mean()), float(flops.sum() / whole.sum()), flops / lengths, openness)
 
     return evaluate
+
+
+def operations(name: str, model: Any, gates: Gates, mask: jax.Array, task: Task, dense: Config) -> jax.Array:
+    """Operations of each sample, [2, B]: of the network as it is served, without routers, and of the dense one.
+
+    A sample of n of L positions costs as much as one of length n would: scores as n squared, all else as n.
+    """
+    samples, length = mask.shape
+    if isinstance(model, Experts):  # all places are computed
+        places = model.places((samples, length), CAPACITY) / mask.size
+        opened = Gates(blocks=jnp.full((dense.layers, 1), places))
+    else:
+        opened = jax.tree.map(lambda gate: (gate > 0).astype(jnp.float32), gates)
+    part = mask.mean(-1)
+
+    def total(sized: Config, opened: Gates, all_keys: bool = False) -> jax.Array:
+        whole = costs(sized, length, causal=task.causal)
+        none = (0.0,) * len(whole.layer)
+        along = whole._replace(scores=none)
+        square = whole._replace(fixed=0.0, attention=none, unit=none, layer=none)
+        linear, scores = (pruning.share(some, opened, mask, all_keys=all_keys) * some.total for some in (along, square))
+        return jnp.broadcast_to(linear * part + scores * part**2, (samples,))
+
+    own = model.config if isinstance(model, Plain) else dense
+    return jnp.stack([total(own, opened, name == "token"), total(dense, Gates())])
 
 
 def expanded(gates: Gates, shape: tuple[int, ...]) -> dict[str, jax.Array]:
@@ -139,10 +162,12 @@ def measure(networks: Mapping[str, tuple[str, Any, Any]], task: Task, repeats: i
     for label, (name, model, params) in networks.items():
         needed, run, saves = served(name, model, {"params": params}, task)
         if saves or name == "dense":
-            for size in (1, SIZE):
-                arguments = (needed, batch["tokens"][:size], batch["mask"][:size])
-                call = compiled(run, *arguments)
-                runs[f"{label}/ms_b{size}"] = lambda call=call, arguments=arguments: call(*arguments)
+            for size, several in ((1, SINGLES), (SIZE, 1)):
+                inputs = [(batch["tokens"][at : at + size], batch["mask"][at : at + size]) for at in range(several)]
+                call = compiled(run, needed, *inputs[0])
+                runs[f"{label}/ms_b{size}"] = lambda call=call, needed=needed, inputs=inputs: [
+                    call(needed, *each) for each in inputs
+                ]
         if task.causal:
             decode = decoder(name, model, {"params": params}, task)
             if decode is not None:
@@ -152,11 +177,11 @@ def measure(networks: Mapping[str, tuple[str, Any, Any]], task: Task, repeats: i
     found: dict[str, dict[str, float]] = {label: {} for label in networks}
     for key, seconds in in_turn(runs, repeats).items():
         label, what = key.rsplit("/", 1)
-        steps = min(TOKENS, task.length) if what == "decode_ms" else 1
+        steps = {"decode_ms": min(TOKENS, task.length), "ms_b1": SINGLES}.get(what, 1)
         found[label][what] = 1e3 * float(np.median(seconds)) / steps
     for times in found.values():
         if f"ms_b{SIZE}" in times:
-            times["tokens_per_second"] = SIZE * task.length / (times[f"ms_b{SIZE}"] / 1e3)
+            times["tokens_per_second"] = float(batch["mask"].sum()) / (times[f"ms_b{SIZE}"] / 1e3)
     return found
 
 

@@ -47,6 +47,15 @@ class Characters:
         return len(self.corpus.symbols)
 
     @property
+    def usual_length(self) -> int:
+        """Length that costs are fitted at."""
+        return self.length
+
+    def taken(self, most: int) -> float:
+        """Share of the positions that a layer computes if it takes at most so many of a sample."""
+        return min(1.0, most / self.length)
+
+    @property
     def groups(self) -> tuple[str, ...]:
         """Names of the groups of positions: kinds of characters."""
         return KINDS
@@ -119,6 +128,16 @@ class Passages:
     @property
     def outputs(self) -> int:
         return len(self.data.classes)
+
+    @property
+    def usual_length(self) -> int:
+        """Length that costs are fitted at: the mean."""
+        return round(float(self.data.train.lengths.mean()))
+
+    def taken(self, most: int) -> float:
+        """Share of the positions that a layer computes if it takes at most so many of a sample."""
+        lengths = self.data.train.lengths
+        return float(np.minimum(lengths, most).sum() / lengths.sum())
 
     @property
     def groups(self) -> tuple[str, ...]:

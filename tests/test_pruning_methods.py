@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,12 +53,18 @@ def made(name, task, budget=0.93):
 
 
 def judged(model, params, batch, causal):
+    """What the network returns, without a key."""
     options = {} if causal else {"mask": batch["mask"]}
-    return jax.jit(lambda p: model.apply({"params": p}, batch["tokens"], **options))(params)
+    return applied(model, params, batch["tokens"], **options)
 
 
-def first(task, size):
-    return {name: values[:size] for name, values in next(iter(task.batches("test", 8)))[0].items()}
+@partial(jax.jit, static_argnums=0)
+def applied(model, params, tokens, **options):
+    return model.apply({"params": params}, tokens, **options)
+
+
+def first(task):
+    return next(iter(task.batches("test", report.SIZE)))[0]
 
 
 def close(found, wanted):
@@ -65,14 +72,14 @@ def close(found, wanted):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("name", ["dense", "small", "thin", "static", "sequence", "experts", "random_experts"])
+@pytest.mark.parametrize("name", ["small", "static", "sequence", "experts"])
 def test_what_is_timed_answers_as_what_was_judged(name):
     model, params = made(name, CHARACTERS)
-    batch = first(CHARACTERS, 8)
+    batch = first(CHARACTERS)
     needed, run, saves = methods.served(name, model, {"params": params}, CHARACTERS)
     out = judged(model, params, batch, True)
     close(jax.jit(run)(needed, batch["tokens"], batch["mask"]), out["logits"])
-    assert saves == (name != "dense")
+    assert saves
     if name == "sequence":
         assert len(np.unique(out["bucket"].argmax(-1))) > 1
         alone = jax.jit(run)(needed, batch["tokens"][:1], batch["mask"][:1])
@@ -83,36 +90,33 @@ def test_what_is_timed_answers_as_what_was_judged(name):
         assert 0 < np.mean(out["gates"].blocks > 0) < 1
 
 
-@pytest.mark.parametrize("name", ["static", "sequence", "mod", "experts", "expert_choice", "random_mod"])
+@pytest.mark.parametrize("name", ["static", "sequence", "mod", "expert_choice"])
 def test_passages_are_timed_as_they_were_judged(name):
     model, params = made(name, PASSAGES)
-    batch = first(PASSAGES, 8)
+    batch = first(PASSAGES)
     assert not batch["mask"].all()
     needed, run, saves = methods.served(name, model, {"params": params}, PASSAGES)
     close(jax.jit(run)(needed, batch["tokens"], batch["mask"]), judged(model, params, batch, False)["logits"])
     assert saves
 
 
-@pytest.mark.parametrize("name", ["layers", "token", "mod", "random_static", "random_sequence", "random_mod"])
+@pytest.mark.parametrize("name", ["dense", "layers", "token", "mod", "random_static", "random_sequence", "random_mod"])
 def test_gates_that_only_multiply_do_not_count_as_faster(name):
     model, params = made(name, CHARACTERS)
-    _, run, saves = methods.served(name, model, {"params": params}, CHARACTERS)
-    batch = first(CHARACTERS, 2)
-    close(
-        jax.jit(run)({"params": params}, batch["tokens"], batch["mask"]), judged(model, params, batch, True)["logits"]
-    )
+    needed, _, saves = methods.served(name, model, {"params": params}, CHARACTERS)
+    assert needed == {"params": params["model"] if name == "dense" else params}
     assert not saves
 
 
-@pytest.mark.parametrize("name", ["dense", "small", "static", "layers", "mod"])
+@pytest.mark.parametrize("name", ["dense", "static", "layers", "mod"])
 def test_decoding_answers_as_what_was_judged(name):
     model, params = made(name, CHARACTERS)
-    tokens = first(CHARACTERS, 1)["tokens"]
+    tokens = first(CHARACTERS)["tokens"]
     needed, run = report.decoder(name, model, {"params": params}, CHARACTERS)
     out = judged(model, params, {"tokens": tokens}, True)
-    close(jax.jit(run)(needed, tokens), out["logits"][0])
+    close(jax.jit(run)(needed, tokens[:1]), out["logits"][0])
     if name in ("layers", "mod"):
-        assert 0 < np.mean(out["gates"].tokens > 0) < 1
+        assert 0 < np.mean(out["gates"].tokens[:, 0] > 0) < 1
 
 
 @pytest.mark.parametrize("name", ["sequence", "token", "experts", "random_mod", "random_static", "random_sequence"])
@@ -137,18 +141,19 @@ def by_hand(name, gates, config):
     return total
 
 
-@pytest.mark.parametrize("name", ["static", "sequence", "layers", "token", "mod", "experts", "random_mod"])
+@pytest.mark.parametrize("name", ["static", "sequence", "layers", "token", "mod", "experts"])
 def test_operations_are_counted_window_by_window(name):
     model, params = made(name, CHARACTERS)
     dense = sizes(CHARACTERS)
     found = report.make_evaluate(name, model, CHARACTERS, dense)(params, "test")
-    parts = list(CHARACTERS.batches("test", 8))
+    parts = list(CHARACTERS.batches("test", report.SIZE))
     outs = [(judged(model, params, batch, True), count) for batch, count in parts]
     gates = [
-        {kind: np.asarray(gate) for kind, gate in report.expanded(out["gates"], (8, L)).items()} for out, _ in outs
+        {kind: np.asarray(gate) for kind, gate in report.expanded(out["gates"], (report.SIZE, L)).items()}
+        for out, _ in outs
     ]
     router = {key: value for key, value in params.items() if key != "model"}
-    seen = {"static": 0, "random_mod": 0, "sequence": 1}.get(name, L)
+    seen = {"static": 0, "sequence": 1}.get(name, L)
     wanted = np.concatenate([by_hand(name, each, dense)[:count] for each, (_, count) in zip(gates, outs, strict=True)])
     wanted += 2 * paramtree.count(router) * seen
     assert len(found.flops) == SETTING.eval_windows
@@ -175,9 +180,8 @@ def test_short_passages_cost_less():
     model, params = made("mod", PASSAGES, 0.7)
     dense = sizes(PASSAGES)
     found = report.make_evaluate("mod", model, PASSAGES, dense)(params, "test")
-    plain = report.make_evaluate("dense", *made("dense", PASSAGES)[:1], PASSAGES, dense)(
-        made("dense", PASSAGES)[1], "test"
-    )
+    other, weights = made("dense", PASSAGES)
+    plain = report.make_evaluate("dense", other, PASSAGES, dense)(weights, "test")
     batches = [(batch["mask"][:count].sum(-1), batch) for batch, count in PASSAGES.batches("test", 32)]
     lengths = np.concatenate([lengths for lengths, _ in batches])
     whole = np.array([costs(dense, int(n), causal=False).total for n in lengths])
@@ -188,14 +192,14 @@ def test_short_passages_cost_less():
     assert found.openness["layers"].shape == (len(PASSAGES.groups), 2, 1)
 
 
-@pytest.mark.parametrize("name", ["dense", "static", "sequence", "layers", "token", "mod", "experts"])
+@pytest.mark.parametrize("name", ["static", "sequence", "layers", "token", "mod"])
 def test_compute_by_position_averages_to_the_share(name):
     model, params = made(name, CHARACTERS)
-    tokens = first(CHARACTERS, 8)["tokens"]
+    tokens = first(CHARACTERS)["tokens"]
     found = report.compute_by_position(model, params, tokens, CHARACTERS, sizes(CHARACTERS))
     share = judged(model, params, {"tokens": tokens}, True)["share"]
     assert found.shape == tokens.shape
-    np.testing.assert_allclose(found.mean(-1), np.broadcast_to(share, 8), rtol=1e-5)
+    np.testing.assert_allclose(found.mean(-1), np.broadcast_to(share, len(tokens)), rtol=1e-5)
     if name == "sequence":
         np.testing.assert_allclose(found[:, :PROMPT], 1, rtol=1e-6)
     if name in ("layers", "token", "mod"):
@@ -226,15 +230,12 @@ def test_small_networks_of_every_budget():
             assert costs(small, 64).total == pytest.approx(budget * whole, rel=0.02)
             assert small.layers == 3
         assert methods.thinner(dense, budget, task).width == 64
-    assert methods.narrower(dense, 1.0, task) == methods.thinner(dense, 1.0, task).__class__(
-        97, layers=3, width=64, heads=4, ffn=256, length=64
-    )
+    assert methods.narrower(dense, 1.0, task) == dense
 
 
 def test_times_are_medians_of_turns(monkeypatch):
-    networks = {name: (name, *made(name, CHARACTERS)) for name in ("dense", "mod", "token")}
+    networks = {name: (name, *made(name, CHARACTERS)) for name in ("dense", "token")}
     seconds = {"dense/ms_b1": [3.0, 1.0, 2.0], "dense/ms_b32": [8.0], "dense/decode_ms": [L * 1.0, L * 2.0, L * 4.0]}
-    seconds |= {"mod/decode_ms": [L * 5.0]}
 
     def timed(runs, repeats):
         assert (runs.keys(), repeats) == (seconds.keys(), 7)
@@ -245,4 +246,4 @@ def test_times_are_medians_of_turns(monkeypatch):
     monkeypatch.setattr(report, "in_turn", timed)
     found = report.measure(networks, CHARACTERS, 7)
     assert found["dense"] == {"ms_b1": 2e3, "ms_b32": 8e3, "decode_ms": 2e3, "tokens_per_second": 32 * L / 8}
-    assert (found["mod"], found["token"]) == ({"decode_ms": 5e3}, {})
+    assert found["token"] == {}

@@ -55,6 +55,10 @@ def compact(model: Gated, variables: Any, *, multiple: int = 1) -> Compacted:
     Raises:
         ValueError: the gates depend on the input, or as `cut`.
     """
+    if not isinstance(model, Gated):
+        raise ValueError(
+            f"the model is a {type(model).__name__}, expected Gated with per='static'; for others see `cut`"
+        )
     if model.per != "static":
         raise ValueError(f"the gates are per {model.per}: what to cut depends on the input; expected per='static'")
     logits: Any = model.apply(variables, method=lambda gated: {name: gated.routers[name]() for name in gated.prune})

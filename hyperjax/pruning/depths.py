@@ -49,7 +49,7 @@ class MixtureOfDepths(nn.Module):
     seed: int | None = None
 
     def setup(self) -> None:
-        if not 0 < self.keep <= 1:
+        if not isinstance(self.keep, (int, float)) or not 0 < self.keep <= 1:
             raise ValueError(f"keep is {self.keep}, expected a share of the positions in (0, 1]")
         if not 1 <= self.every <= self.config.layers:
             raise ValueError(f"every is {self.every}, expected 1 to {self.config.layers}, the number of layers")

@@ -24,8 +24,8 @@ class Experts(nn.Module):
     """A Transformer whose tokens each compute k of N blocks of the feed-forward networks.
 
     The blocks are those of the plain network, so the parameters are too, beside the routers. `routing="token"`: each
-    token takes its k best blocks, weighted by a softmax over them times k; `"expert"`: each block takes its k T / N
-    best tokens, which needs no balance but looks at all positions, so it is refused in a decoder.
+    token takes its k best blocks, weighted by a softmax over them times k; `"expert"`: each block takes its
+    best tokens, k L / N of each sequence, which needs no balance but looks at all positions: refused in a decoder.
 
     Two ways to run it. `capacity=None` computes all blocks and multiplies by gates: exact and causal, no faster than
     the plain network; to evaluate. With a capacity, each block gathers the tokens that chose it, capacity * k T / N at
@@ -68,6 +68,12 @@ class Experts(nn.Module):
         self.model = (Decoder if self.causal else Encoder)(self.config)
         self.routers = [Router(self.blocks, seed=seeded(self.seed, l)) for l in range(self.config.layers)]
 
+    def places(self, shape: tuple[int, ...], capacity: float) -> int:
+        """C, for tokens of shape [B, L]; blocks that choose need no more places than they choose tokens."""
+        if self.routing == "expert":
+            return shape[0] * most_tokens(shape[1], self.chosen, self.blocks)
+        return places((*shape, self.blocks), self.chosen, capacity)
+
     @property
     def chosen(self) -> int:
         """k, how many blocks a token computes."""
@@ -92,9 +98,10 @@ class Experts(nn.Module):
             capacity: places of each block, or None; by default the module's with a key, and None without.
 
         Returns:
-            What the Transformer returns; `gates`, `blocks` [layers, B, L, N], 0 or more; `share` of the operations
-            that k of N blocks leave, scalar; `losses`: {"balance": ..., "z": ...}, means over layers, to be weighted by
-            about 1e-2 and 1e-3 (balance only of routing by token); `dropped`: share of the choices without a place.
+            What the Transformer returns; `gates`, `blocks` [layers, B, L, N], 0 or more; `share` [B] of the operations
+            that the chosen blocks leave, or with a capacity all its places; `losses`: {"balance": ..., "z": ...},
+            means over layers, to be weighted by about 1e-2 and 1e-3 (balance only of routing by token); `dropped`:
+            share of the choices without a place.
         """
         if capacity == "config":
             capacity = None if key is None else self.capacity
@@ -111,15 +118,19 @@ class Experts(nn.Module):
             if capacity is None:
                 found.append((gates_BLN, balance, z_loss(logits, mask), jnp.zeros(())))
                 return Gates(blocks=gates_BLN)
-            plan, dropped = dispatch(gates_BLN, places(gates_BLN.shape, self.chosen, capacity))
+            plan, dropped = dispatch(gates_BLN, self.places(tokens.shape, capacity))
             found.append((gates_BLN, balance, z_loss(logits, mask), dropped))
             return Gates(blocks=plan)
 
         options = mask_options(mask, self.causal)
         out = self.model(tokens, gates=decide, key=rest, **options)
         gates_NBLN, balance, z, dropped = (jnp.stack(each) for each in zip(*found, strict=True))
-        open_part = jnp.full((self.config.layers, 1), self.chosen / self.blocks)
-        counted = share(costs(self.config, tokens.shape[1], causal=self.causal), Gates(blocks=open_part))
+        if capacity is None:
+            opened = (gates_NBLN > 0).astype(jnp.float32)
+        else:
+            filled = self.places(tokens.shape, capacity) / tokens.size
+            opened = jnp.full((self.config.layers, tokens.shape[0], 1), filled)
+        counted = share(costs(self.config, tokens.shape[1], causal=self.causal), Gates(blocks=opened), mask)
         losses = {"z": z.mean()} | ({"balance": balance.mean()} if self.routing == "token" else {})
         gates = Gates(blocks=gates_NBLN)
         return {**out, "gates": gates, "share": counted, "losses": losses, "dropped": dropped.mean()}
@@ -134,16 +145,24 @@ def choose_blocks(logits_BLN: Array, k: int, mask: Array | None = None) -> Array
 
 
 def choose_tokens(logits_BLN: Array, k: int, mask: Array | None = None) -> Array:
-    """Each block's k T / N best tokens, of all samples: gates [B, L, N], N softmax over blocks, elsewhere 0."""
-    batch, length, blocks = logits_BLN.shape
+    """Each block's k / N best tokens of each sequence, at least one: gates [B, L, N], N softmax over blocks, else 0.
+
+    Padding is not chosen, nor counted: an answer depends neither on it nor on other sequences.
+    """
+    _, length, blocks = logits_BLN.shape
     weight = blocks * jax.nn.softmax(logits_BLN, -1)
-    if mask is not None:
+    if mask is None:
+        count = jnp.asarray(most_tokens(length, k, blocks))
+    else:
         weight = weight * mask[..., None]
-    count = max(1, round(k * batch * length / blocks))
-    flat_NT = weight.reshape(-1, blocks).T
-    best, index = jax.lax.top_k(flat_NT, count)
-    chosen_NT = jnp.zeros_like(flat_NT).at[jnp.arange(blocks)[:, None], index].set(best)
-    return chosen_NT.T.reshape(logits_BLN.shape)
+        count = jnp.maximum(1, jnp.round(k * mask.sum(1) / blocks))[:, None, None]
+    rank = jnp.argsort(jnp.argsort(-weight, 1), 1)
+    return jnp.where(rank < count, weight, 0.0)
+
+
+def most_tokens(length: int, k: int, blocks: int) -> int:
+    """How many tokens a block chooses of so many."""
+    return max(1, round(k * length / blocks))
 
 
 def places(shape: tuple[int, ...], k: int, capacity: float) -> int:

@@ -58,6 +58,8 @@ def costs(config: Config, length: int, *, causal: bool = True, cached: int | Non
     Returns:
         The costs; `total` is their sum. Times the batch, it agrees with XLA's analysis of the compiled forward pass.
     """
+    if length < 1 or (cached is not None and cached < 1):
+        raise ValueError(f"length is {length} and cached {cached}, expected 1 or more positions")
     c, keys = config, length if cached is None else cached
     d, k, last = c.width, c.head_size, c.outputs or (c.vocabulary if causal else 0)
     rotary = ROTARY * 2 * k * length if c.positions == "rotary" else 0
@@ -95,7 +97,18 @@ def share(costs: Costs, gates: Gates, mask: Any = None, *, all_keys: bool = Fals
 
     Returns:
         Scalar, or [B] if a gate has an axis of samples.
+
+    Raises:
+        ValueError: a gate is a plan, or there are not as many as layers or heads.
     """
+    for name in ("heads", "blocks", "layer", "tokens"):
+        gate, layers = getattr(gates, name), len(costs.layer)
+        if gate is not None and (isinstance(gate, tuple) or jnp.ndim(gate) < 1 or jnp.shape(gate)[0] != layers):
+            raise ValueError(f"gates of {name} are {type(gate).__name__}, expected an array with {layers} layers first")
+    if gates.heads is not None and any(gates.heads.shape[-1] > heads for heads in costs.heads):
+        raise ValueError(
+            f"there are {gates.heads.shape[-1]} gates for {min(costs.heads)} heads, expected at most as many"
+        )
     total: Any = costs.fixed
     for n in range(len(costs.layer)):
         g = gates.of(n)

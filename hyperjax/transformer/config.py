@@ -64,7 +64,7 @@ class Config:
         ):
             if text not in known:
                 raise ValueError(f"{name} is {text!r}, expected {' or '.join(known)}")
-        if not 0 <= self.dropout < 1:
+        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, expected a share of at least 0 and below 1")
         for name in ("heads", "cross_heads", "ffn"):
             given = self.heads if getattr(self, name) is None else getattr(self, name)

@@ -54,7 +54,12 @@ def generate(
         if callable(gates):
             raise ValueError("gates are a function, expected Gates of all layers; call the model with a cache instead")
         check_stacked(gates, model.config.layers)
-        if gates.tokens is not None or any(jnp.ndim(g) > 3 for g in (gates.heads, gates.blocks) if hasattr(g, "ndim")):
+        by_plan = isinstance(gates.blocks, tuple)
+        if (
+            by_plan
+            or gates.tokens is not None
+            or any(jnp.ndim(g) > 3 for g in (gates.heads, gates.blocks) if hasattr(g, "ndim"))
+        ):
             raise ValueError("gates by position are given, expected none: what is drawn has no gates of its own")
     model.initialize_cache(1, prompt.shape[1] + length)  # refuses what the table of positions has no room for
     return _generate(model, variables, prompt, length, key, jnp.float32(temperature), gates)
