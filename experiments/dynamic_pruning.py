@@ -312,7 +312,7 @@ def report(rows: list[dict[str, Any]], times: dict[str, dict[str, float]], task:
             f"{label:22}{np.mean(quality):.4f}{spread:>10}{share:8.3f}{flops:>26}{shown[0]:>10}{shown[1]:>10}{shown[2]:>9}"
         )
     lines.append(
-        "times in ms, medians in turn: a sample, 32 samples, a token decoded; -: gates that only multiply, or not measured"
+        "times in ms, medians in turn: a sample, 32 samples, a token decoded; -: only multiplies, or not measured"
     )
     training.say("\n".join(lines))
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hyperjax import paramtree
-from hyperjax.pruning import costs
+from hyperjax.pruning import Experts, costs
 from hyperjax.transformer import Config, Gates
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -55,10 +55,12 @@ def made(name, task, budget=0.93):
 def judged(model, params, batch, causal):
     """What the network returns, without a key."""
     options = {} if causal else {"mask": batch["mask"]}
+    if isinstance(model, Experts):
+        options["capacity"] = methods.CAPACITY
     return applied(model, params, batch["tokens"], **options)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0, static_argnames="capacity")
 def applied(model, params, tokens, **options):
     return model.apply({"params": params}, tokens, **options)
 
@@ -72,7 +74,7 @@ def close(found, wanted):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("name", ["small", "static", "sequence", "experts"])
+@pytest.mark.parametrize("name", ["small", "static", "random_static", "sequence", "experts"])
 def test_what_is_timed_answers_as_what_was_judged(name):
     model, params = made(name, CHARACTERS)
     batch = first(CHARACTERS)
@@ -84,7 +86,7 @@ def test_what_is_timed_answers_as_what_was_judged(name):
         assert len(np.unique(out["bucket"].argmax(-1))) > 1
         alone = jax.jit(run)(needed, batch["tokens"][:1], batch["mask"][:1])
         close(alone, out["logits"][:1])
-    if name == "static":
+    if name.endswith("static"):
         assert paramtree.count(needed) < paramtree.count(params["model"])
     if name == "experts":
         assert 0 < np.mean(out["gates"].blocks > 0) < 1
@@ -100,7 +102,7 @@ def test_passages_are_timed_as_they_were_judged(name):
     assert saves
 
 
-@pytest.mark.parametrize("name", ["dense", "layers", "token", "mod", "random_static", "random_sequence", "random_mod"])
+@pytest.mark.parametrize("name", ["dense", "layers", "token", "mod", "random_sequence", "random_mod"])
 def test_gates_that_only_multiply_do_not_count_as_faster(name):
     model, params = made(name, CHARACTERS)
     needed, _, saves = methods.served(name, model, {"params": params}, CHARACTERS)
@@ -129,6 +131,9 @@ def by_hand(name, gates, config):
     """Operations of each window that gates [layers, B, L, ..] leave of a decoder, position by position."""
     whole = costs(config, L)
     heads, blocks, layers = (gates.get(kind) for kind in ("heads", "blocks", "layers"))
+    if name == "experts":  # every place is computed, taken or not
+        model = methods.build(name, config, CHARACTERS, 0.93, 0, BLOCKS)
+        blocks = np.full_like(blocks, model.places((report.SIZE, L), methods.CAPACITY) / (report.SIZE * L))
     shape = next(iter(gates.values())).shape[1:3]
     total = np.full(shape[0], whole.fixed)
     for l in range(config.layers):
@@ -185,9 +190,10 @@ def test_short_passages_cost_less():
     batches = [(batch["mask"][:count].sum(-1), batch) for batch, count in PASSAGES.batches("test", 32)]
     lengths = np.concatenate([lengths for lengths, _ in batches])
     whole = np.array([costs(dense, int(n), causal=False).total for n in lengths])
-    np.testing.assert_allclose(plain.flops, whole / lengths)
+    np.testing.assert_allclose(plain.flops, whole / lengths, rtol=0.01)  # the output's part is not in proportion
     assert plain.share == 1
-    assert found.share == pytest.approx((found.flops * lengths).sum() / whole.sum())
+    assert found.share == pytest.approx((found.flops * lengths).sum() / whole.sum(), rel=0.01)
+    assert found.share == pytest.approx(0.7, abs=0.1)  # for real lengths, not for padding
     assert found.share < 1
     assert found.openness["layers"].shape == (len(PASSAGES.groups), 2, 1)
 
@@ -221,7 +227,7 @@ def test_gates_of_any_axes_are_spread_over_positions():
 
 
 def test_small_networks_of_every_budget():
-    task = SimpleNamespace(length=64, causal=True)
+    task = SimpleNamespace(usual_length=64, causal=True)
     dense = Config(97, layers=3, width=64, heads=4, ffn=256, length=64)
     whole = costs(dense, 64).total
     for budget in (0.25, 0.4, 0.6, 0.8, 1.0):
@@ -245,5 +251,10 @@ def test_times_are_medians_of_turns(monkeypatch):
 
     monkeypatch.setattr(report, "in_turn", timed)
     found = report.measure(networks, CHARACTERS, 7)
-    assert found["dense"] == {"ms_b1": 2e3, "ms_b32": 8e3, "decode_ms": 2e3, "tokens_per_second": 32 * L / 8}
+    assert found["dense"] == {
+        "ms_b1": 2e3 / report.SINGLES,
+        "ms_b32": 8e3,
+        "decode_ms": 2e3,
+        "tokens_per_second": 32 * L / 8,
+    }
     assert found["token"] == {}
