@@ -98,7 +98,7 @@ def decode_paths(setting: Setting, tokens: jax.Array, size: int) -> Paths:
     for percent, skipped in zip(setting.percent, skip(depths, params, tokens, setting.percent), strict=True):
         run = partial(made.run.func, skipped, each, cache)  # type: ignore[attr-defined]
         taken = run()[1].mean(0)
-        share = float(pruning.share(whole, Gates(tokens=taken)))
+        share = float(pruning.share(whole, Gates(layer=taken)))  # a layer that is computed attends to the whole cache
         label = f"skips {100 * (1 - float(taken.mean())):.0f} % of the layers"
         found[f"decode_skip_{percent}"] = made._replace(label=label, run=run, share=share, flops=None)
         made = made._replace(compiling=0.0)

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pruning_methods
+import pruning_pictures
 import pruning_report
 import pruning_tasks
 from pruning_methods import METHODS, STEERED, auxiliary, build, make_optimizer, temperature
@@ -278,7 +279,7 @@ def run(config: Config, tasks: Sequence[Task], workdir: training.Workdir, starte
                     networks[label], kept[label] = (name, model, params), found
     times = pruning_report.measure(networks, tasks[0], config.repeats)
     report(rows, times, tasks[0])
-    draw(config, rows, times, networks, kept, tasks[0], dense, workdir.path)
+    pruning_pictures.draw(rows, times, networks, kept, tasks[0], dense, workdir.path)
     unit, summary = tasks[0].unit, {"data": tasks[0].name, "seeds": config.seeds, "steps": config.steps}
     for label in networks:
         mine = [row for row in rows if row["label"] == label]
@@ -287,8 +288,12 @@ def run(config: Config, tasks: Sequence[Task], workdir: training.Workdir, starte
             ("share", [row["found"].share for row in mine]),
         ):
             summary[f"{label}_{key}_mean"] = float(np.mean(values))
-            summary[f"{label}_{key}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-        flops = mine[0]["found"].flops
+            if len(values) > 1:
+                summary[f"{label}_{key}_std"] = float(np.std(values, ddof=1))
+        flops = np.concatenate([row["found"].flops for row in mine])
+        summary[f"{label}_flops_per_token_mean"] = float(flops.mean())
+        opened = [kind.max(0) for kind in kept[label].openness.values()]
+        summary |= {f"{label}_dead_units": int(sum((part == 0).sum() for part in opened))} if opened else {}
         summary |= {f"{label}_flops_per_token_p{p}": float(np.percentile(flops, p)) for p in (5, 50, 95)}
         summary[f"{label}_params"] = mine[0]["params"]
         summary |= {f"{label}_{key}": value for key, value in times[label].items()}
@@ -315,45 +320,6 @@ def report(rows: list[dict[str, Any]], times: dict[str, dict[str, float]], task:
         "times in ms, medians in turn: a sample, 32 samples, a token decoded; -: only multiplies, or not measured"
     )
     training.say("\n".join(lines))
-
-
-def draw(
-    config: Config,
-    rows: list[dict[str, Any]],
-    times: dict[str, dict[str, float]],
-    networks: dict[str, tuple[str, Any, Any]],
-    kept: dict[str, pruning_report.Found],
-    task: Task,
-    dense: Sizes,
-    folder: Path,
-) -> None:
-    """Writes the pictures."""
-    points: dict[str, list] = {}
-    timed: dict[str, list] = {}
-    for label, (name, _, _) in networks.items():
-        mine = [row["found"] for row in rows if row["label"] == label]
-        quality = [found.quality for found in mine]
-        timed.setdefault(name, [])  # keeps the method's colour
-        points.setdefault(name, []).append(([found.share for found in mine], quality))
-        if "ms_b32" in times[label]:
-            timed[name].append(([times[label]["ms_b32"]], quality))
-    label = "test bits per character" if task.unit == "bpc" else "test error"
-    share = "share of the dense network's operations"
-    pruning_report.draw_tradeoff(points, folder / "flops.png", share, label, f"{task.name}: quality against operations")
-    options = ("ms for 32 samples", label, f"{task.name}: quality against time")
-    if any(timed.values()):
-        pruning_report.draw_tradeoff(timed, folder / "time.png", *options)
-    openness = {name: kept[name].openness for name in networks if kept[name].openness and "random" not in name}
-    pruning_report.draw_openness(openness, task.groups, folder / "open.png", f"What opens for which input, {task.name}")
-    if isinstance(task, pruning_tasks.Characters):
-        windows = (256 // task.length or 1, task.length)
-        tokens = np.asarray(task.corpus.test[: windows[0] * windows[1]], np.int32).reshape(windows)
-        text = task.corpus.decode(tokens.reshape(-1))
-        texts = {}
-        for name, (method, model, params) in networks.items():
-            if method in ("layers", "mod", "token", "sequence"):
-                texts[name] = pruning_report.compute_by_position(model, params, tokens, task, dense).reshape(-1)
-        pruning_report.draw_compute(texts, text, folder / "compute.png", "Compute by character")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,10 +1,9 @@
-"""What dynamic_pruning.py finds out about a trained network: quality, operations by input, time, and pictures.
+"""What dynamic_pruning.py finds out about a trained network: quality, operations by input, and time.
 
 B samples, L positions, G groups of positions, U units of a layer.
 """
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -219,57 +218,3 @@ def decoder(name: str, model: Any, variables: Any, task: Task) -> Any:
         return jax.lax.scan(body, cache, tokens[0])[1]
 
     return needed, run
-
-
-def draw_tradeoff(points: Mapping[str, list], path: Path, xlabel: str, ylabel: str, title: str) -> None:
-    """Writes the picture of quality against cost."""
-    from matplotlib.figure import Figure
-
-    from hyperjax.plotting import save
-    from hyperjax.pruning.plots import plot_tradeoff
-
-    figure = Figure(figsize=(8.0, 4.6), layout="constrained")
-    plot_tradeoff(figure.subplots(), points, xlabel, ylabel).set_title(title, loc="left", fontsize=11)
-    save(figure, path)
-
-
-def draw_openness(found: Mapping[str, dict[str, np.ndarray]], groups: tuple[str, ...], path: Path, title: str) -> None:
-    """Writes the picture of which units are open for which inputs, a row of axes for each network and kind of unit."""
-    from matplotlib.figure import Figure
-
-    from hyperjax.plotting import save
-    from hyperjax.pruning.plots import plot_utilisation
-
-    rows = [(name, kind, part) for name, kinds in found.items() for kind, part in kinds.items()]
-    if not rows:
-        return
-    figure = Figure(figsize=(9.0, 0.9 + 1.25 * len(rows)), layout="constrained")
-    for axes, (name, kind, part) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
-        layers, units = part.shape[1:]
-        plot_utilisation(axes, part.reshape(len(groups), -1), groups, [""] * (layers * units))
-        axes.set_xticks([(l + 0.5) * units - 0.5 for l in range(layers)], [f"layer {l + 1}" for l in range(layers)])
-        for l in range(1, layers):
-            axes.axvline(l * units - 0.5, color="white", linewidth=1.5)
-        axes.set_title(f"{name.replace('_', ' ')}: {kind}", loc="left", fontsize=9)
-    figure.colorbar(axes.images[0], ax=figure.axes, label="share of positions that compute it", shrink=0.6)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    save(figure, path)
-
-
-def draw_compute(texts: Mapping[str, np.ndarray], text: str, path: Path, title: str) -> None:
-    """Writes the picture of compute by character, for each network."""
-    from matplotlib.figure import Figure
-
-    from hyperjax.plotting import save
-    from hyperjax.pruning.plots import plot_compute
-
-    if not texts:
-        return
-    lines = -(-len(text) // 64)
-    figure = Figure(figsize=(9.0, 0.5 + len(texts) * (0.6 + 0.3 * lines)), layout="constrained")
-    for axes, (name, compute) in zip(figure.subplots(len(texts), 1, squeeze=False)[:, 0], texts.items(), strict=True):
-        plot_compute(axes, text, compute)
-        axes.set_title(f"{name.replace('_', ' ')}", loc="left", fontsize=9)
-        figure.colorbar(axes.images[0], ax=axes, label="share of dense", shrink=0.9, pad=0.01)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    save(figure, path)

@@ -10,7 +10,19 @@ import pytest
 from numpy_transformer import random_variables
 
 from hyperjax.estimators import exponential_temperature
-from hyperjax.pruning import Gated, GumbelSigmoid, HardConcrete, Multipliers, Threshold, TopK, ascend, lagrangian
+from hyperjax.pruning import (
+    Buckets,
+    Experts,
+    Gated,
+    GumbelSigmoid,
+    HardConcrete,
+    MixtureOfDepths,
+    Multipliers,
+    Threshold,
+    TopK,
+    ascend,
+    lagrangian,
+)
 from hyperjax.transformer import Config, Decoder
 
 B, L, P, V = 4, 8, 3, 5
@@ -53,7 +65,7 @@ WAYS = [
 
 
 def routers(tree):
-    return {name: part for name, part in tree["params"].items() if name.startswith("routers")}
+    return {name: part for name, part in tree["params"].items() if name.startswith("router")}
 
 
 @pytest.mark.parametrize(("per", "choice", "causal"), WAYS)
@@ -198,6 +210,23 @@ def test_the_lagrangian_meets_its_targets_and_routers_learn():
     assert np.all(np.isfinite(sizes))
     assert np.all(sizes.max(-1) > 0)  # of 2,000 steps through all temperatures, none without a gradient
     assert np.all((sizes > 0).mean(1) > 0.9)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Buckets(FINE, prompt=P, after=0, blocks=4, shares=(0.5, 1.0)),
+        MixtureOfDepths(FINE, keep=0.5),
+        Experts(FINE, blocks=4, keep=2),
+    ],
+    ids=["buckets", "depths", "experts"],
+)
+def test_other_routers_learn_at_every_temperature(model):
+    _, losses, _, sizes = trained(model, jnp.zeros(()), jnp.zeros(2), 2000)
+    assert losses[-20:].mean() < losses[:20].mean()
+    assert np.all(np.isfinite(losses))
+    assert np.all(np.isfinite(sizes))
+    assert np.all(sizes.max(-1) > 0)
 
 
 def test_simple_penalties_close_gates():

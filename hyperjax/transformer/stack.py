@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from hyperjax.transformer.checks import check_gates, check_stacked
 from hyperjax.transformer.config import Config
 from hyperjax.transformer.gates import Chosen, Gates
-from hyperjax.transformer.layers import Attention, FeedForward, expand
+from hyperjax.transformer.layers import Attention, FeedForward
 
 Array = jax.Array
 Decide = Callable[[int, Array], Gates | None]  # number of a layer and the state before it [B, L, D] -> its gates
@@ -211,4 +211,4 @@ def drop(key: Array | None, x: Array, rate: float) -> Array:
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
-__all__ = ["Cache", "Context", "Decide", "LayerCache", "Stack", "drop", "expand"]
+__all__ = ["Cache", "Context", "Decide", "LayerCache", "Stack", "drop"]

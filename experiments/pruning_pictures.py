@@ -1,0 +1,106 @@
+"""The pictures of dynamic_pruning.py.
+
+G groups of positions, U units of a layer.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pruning_report import Found, compute_by_position
+from pruning_tasks import Characters, Task
+
+from hyperjax.transformer import Config
+
+
+def draw(
+    rows: list[dict[str, Any]],
+    times: dict[str, dict[str, float]],
+    networks: dict[str, tuple[str, Any, Any]],
+    kept: dict[str, Found],
+    task: Task,
+    dense: Config,
+    folder: Path,
+) -> None:
+    """Writes the pictures."""
+    points: dict[str, list] = {}
+    timed: dict[str, list] = {}
+    for label, (name, _, _) in networks.items():
+        mine = [row["found"] for row in rows if row["label"] == label]
+        quality = [found.quality for found in mine]
+        timed.setdefault(name, [])  # keeps the method's colour
+        points.setdefault(name, []).append(([found.share for found in mine], quality))
+        if "ms_b32" in times[label]:
+            timed[name].append(([times[label]["ms_b32"]], quality))
+    label = "test bits per character" if task.unit == "bpc" else "test error"
+    share = "share of the dense network's operations"
+    draw_tradeoff(points, folder / "flops.png", share, label, f"{task.name}: quality against operations")
+    options = ("ms for 32 samples", label, f"{task.name}: quality against time")
+    if any(timed.values()):
+        draw_tradeoff(timed, folder / "time.png", *options)
+    openness = {name: kept[name].openness for name in networks if kept[name].openness and "random" not in name}
+    draw_openness(openness, task.groups, folder / "open.png", f"What opens for which input, {task.name}")
+    if isinstance(task, Characters):
+        windows = (256 // task.length or 1, task.length)
+        tokens = np.asarray(task.corpus.test[: windows[0] * windows[1]], np.int32).reshape(windows)
+        text = task.corpus.decode(tokens.reshape(-1))
+        texts = {}
+        for name, (method, model, params) in networks.items():
+            if method in ("layers", "mod", "token", "sequence"):
+                texts[name] = compute_by_position(model, params, tokens, task, dense).reshape(-1)
+        draw_compute(texts, text, folder / "compute.png", "Compute by character")
+
+
+def draw_tradeoff(points: Mapping[str, list], path: Path, xlabel: str, ylabel: str, title: str) -> None:
+    """Writes the picture of quality against cost."""
+    from matplotlib.figure import Figure
+
+    from hyperjax.plotting import save
+    from hyperjax.pruning.plots import plot_tradeoff
+
+    figure = Figure(figsize=(8.0, 4.6), layout="constrained")
+    plot_tradeoff(figure.subplots(), points, xlabel, ylabel).set_title(title, loc="left", fontsize=11)
+    save(figure, path)
+
+
+def draw_openness(found: Mapping[str, dict[str, np.ndarray]], groups: tuple[str, ...], path: Path, title: str) -> None:
+    """Writes the picture of which units are open for which inputs, a row of axes for each network and kind of unit."""
+    from matplotlib.figure import Figure
+
+    from hyperjax.plotting import save
+    from hyperjax.pruning.plots import plot_utilisation
+
+    rows = [(name, kind, part) for name, kinds in found.items() for kind, part in kinds.items()]
+    if not rows:
+        return
+    figure = Figure(figsize=(9.0, 0.9 + 1.25 * len(rows)), layout="constrained")
+    for axes, (name, kind, part) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
+        layers, units = part.shape[1:]
+        plot_utilisation(axes, part.reshape(len(groups), -1), groups, [""] * (layers * units))
+        axes.set_xticks([(l + 0.5) * units - 0.5 for l in range(layers)], [f"layer {l + 1}" for l in range(layers)])
+        for l in range(1, layers):
+            axes.axvline(l * units - 0.5, color="white", linewidth=1.5)
+        axes.set_title(f"{name.replace('_', ' ')}: {kind}", loc="left", fontsize=9)
+    figure.colorbar(axes.images[0], ax=figure.axes, label="share of positions that compute it", shrink=0.6)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    save(figure, path)
+
+
+def draw_compute(texts: Mapping[str, np.ndarray], text: str, path: Path, title: str) -> None:
+    """Writes the picture of compute by character, for each network."""
+    from matplotlib.figure import Figure
+
+    from hyperjax.plotting import save
+    from hyperjax.pruning.plots import plot_compute
+
+    if not texts:
+        return
+    lines = -(-len(text) // 64)
+    figure = Figure(figsize=(9.0, 0.5 + len(texts) * (0.6 + 0.3 * lines)), layout="constrained")
+    for axes, (name, compute) in zip(figure.subplots(len(texts), 1, squeeze=False)[:, 0], texts.items(), strict=True):
+        plot_compute(axes, text, compute)
+        axes.set_title(f"{name.replace('_', ' ')}", loc="left", fontsize=9)
+        figure.colorbar(axes.images[0], ax=axes, label="share of dense", shrink=0.9, pad=0.01)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    save(figure, path)
