@@ -42,11 +42,13 @@ class HardConcrete:
             return float(estimators.hard_concrete_log_alpha(self.start, **self._range))
 
     def gates(self, key: Array | None, logits: Array, temperature: Any = 1.0) -> Array:
+        """Gates of the shape of the logits [..., U]: drawn with a key, fixed without."""
         if key is None:
             return estimators.hard_concrete_deterministic(logits, gamma=self.gamma, zeta=self.zeta)
         return estimators.hard_concrete(key, logits, **self._range)
 
     def open(self, logits: Array) -> Array:
+        """1 where a gate is served open, else 0, with the gradient of the probability to be open."""
         served = estimators.hard_concrete_deterministic(logits, gamma=self.gamma, zeta=self.zeta)
         return _with_gradient(served > 0, estimators.hard_concrete_l0(logits, **self._range))
 
@@ -76,11 +78,13 @@ class GumbelSigmoid:
         return math.log(self.start / (1 - self.start))
 
     def gates(self, key: Array | None, logits: Array, temperature: Any = 1.0) -> Array:
+        """Gates of the shape of the logits [..., U]: drawn with a key, fixed without."""
         if key is None:
             return estimators.threshold_mask(logits)
         return estimators.gumbel_sigmoid(key, logits, temperature, hard=self.hard)
 
     def open(self, logits: Array) -> Array:
+        """1 where a gate is served open, else 0, with the gradient of the probability to be open."""
         return estimators.threshold_mask(logits)
 
 
@@ -103,9 +107,11 @@ class Threshold:
         return math.log(self.start / (1 - self.start))
 
     def gates(self, key: Array | None, logits: Array, temperature: Any = 1.0) -> Array:
+        """Gates of the shape of the logits [..., U]: drawn with a key, fixed without."""
         return estimators.threshold_mask(logits, temperature=temperature)
 
     def open(self, logits: Array) -> Array:
+        """1 where a gate is served open, else 0, with the gradient of the probability to be open."""
         return estimators.threshold_mask(logits)
 
 
@@ -141,12 +147,14 @@ class TopK:
         return int(self.keep)
 
     def gates(self, key: Array | None, logits: Array, temperature: Any = 1.0) -> Array:
+        """Gates of the shape of the logits [..., U]: drawn with a key, fixed without."""
         k = self.number(logits.shape[-1])
         if key is not None and self.noise:
             logits = logits + self.noise * temperature * jax.random.logistic(key, logits.shape, logits.dtype)
         return estimators.top_k_mask(logits, k)
 
     def open(self, logits: Array) -> Array:
+        """1 where a gate is served open, else 0, with the gradient of the probability to be open."""
         return estimators.top_k_mask(logits, self.number(logits.shape[-1]))
 
 

@@ -2,8 +2,10 @@
 
 D width, H heads, K width of a head, F hidden units, N blocks of them.
 
-It pays always: the products themselves get smaller, on CPU, GPU and TPU, at any batch. Head gates cut queries, keys,
-values and the cache; blocks cut hidden units; a layer whose gate, or whose every head and block, is closed is gone.
+It pays always: the products themselves get smaller, at any batch. Measured on two CPU cores (width 256, 128 positions,
+half of heads and blocks): 2.1 times as fast as dense at batch 1, 1.9 at batch 32, 5 in decoding. Head gates cut
+queries, keys, values and the cache; blocks cut hidden units; a layer whose gate, or whose every head and block, is
+closed is gone.
 """
 
 import dataclasses

@@ -29,7 +29,12 @@ class MixtureOfDepths(nn.Module):
     average; at a fixed probability of a half rare choices would never be predicted. Such masks save nothing in a
     parallel pass; decoding one sequence by `skip_decode` skips what they leave out.
 
-    It pays in training and, in an encoder, in serving, at any batch: about as many operations as it saves.
+    It pays in training and, in an encoder, in serving. Measured on two CPU cores (width 256, an eighth of the
+    positions): a training step takes 0.46 to 0.58 of a dense one; an encoder is 1.6 times as fast as dense at batch 1,
+    2.3 times at 32.
+
+    Raises:
+        ValueError: `keep` or `every` is out of range, or a decoder gets a mask.
 
     Attributes:
         config: sizes.

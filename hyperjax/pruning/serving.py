@@ -23,10 +23,12 @@ class BucketServer:
     """The networks of all buckets, of which each call runs one, by `lax.switch`.
 
     Each bucket has weights of its own, cut out once: slicing them in every call would take as long as a part of the
-    products. With shares of a quarter, half, three quarters and one, that is 2.5 times the
-    memory of the layers, beside the whole network that decides.
+    products. With shares of a quarter, half, three quarters and one, that is 2.5 times the memory of the layers,
+    beside the whole network that decides.
 
-    It pays at any batch, for one decision a call. Under `vmap` a switch becomes a selection that runs every branch:
+    It pays for one decision a call. Measured on two CPU cores (width 256, 128 positions, the bucket of a half): an
+    encoder is 1.6 times as fast as dense at batch 1 and 1.8 at 32; a decoder, whose prompt of 32 is computed whole, 1.5
+    at batch 32, but at batch 1 no faster than dense. Under `vmap` a switch becomes a selection that runs every branch:
     give sequences that decide for themselves one by one (`each` does, by `lax.map`), or sort them by bucket.
 
     Attributes:
@@ -75,7 +77,19 @@ class BucketServer:
         return self._decoder(variables, tokens) if self.model.causal else self._encoder(variables, tokens, mask)
 
     def each(self, variables: Any, tokens: Array, mask: Array | None = None) -> dict[str, Array]:
-        """Runs sequences one after another, each at its own width."""
+        """Runs sequences one after another, each at its own width.
+
+        Args:
+            variables: those of the server.
+            tokens: [B, L] int.
+            mask: [B, L] bool, False for padding; of encoders.
+
+        Returns:
+            As a call; `bucket` is [B].
+
+        Raises:
+            ValueError: as a call.
+        """
         self._check(tokens, mask)
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
         run = self._decoder if self.model.causal else self._encoder
@@ -141,7 +155,8 @@ def skip_decode(
 ) -> tuple[Array, Cache, Array]:
     """One step of decoding one sequence, in which `lax.cond` skips the layers that its token does not take.
 
-    Equal to the parallel pass of the same model without a key. It pays at batch 1 only: for a batch, a layer could be
+    Equal to the parallel pass of the same model without a key. It pays at batch 1 only (2.2 times as fast as dense
+    decoding on two CPU cores, where half of the layers are skipped): for a batch, a layer could be
     skipped only where all its sequences skip it, and under `vmap` all of it is computed.
 
     Args:
