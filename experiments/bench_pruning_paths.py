@@ -17,7 +17,7 @@ import numpy as np
 from hyperjax import pruning, transformer
 from hyperjax.pruning.experts import places
 from hyperjax.timing import compiled
-from hyperjax.transformer import Cache, Decoder, Encoder, Gates, LayerCache
+from hyperjax.transformer import Cache, Decoder, Encoder, Gates
 
 CLASSES = 4  # of the encoder
 KEEP = 0.125  # share of the positions that Mixture-of-Depths computes, if none is said
@@ -181,10 +181,10 @@ def native_path(setting: Setting, model: pruning.Buckets, params: Any, j: int, t
 
     def run(whole: Any, narrow: Any, tokens: jax.Array) -> jax.Array:
         decoder = Decoder(model.config)
-        cache = decoder.initialize_cache(tokens.shape[0], tokens.shape[1])
+        cache = decoder.initialize_cache(tokens.shape[0], model.prompt)
         out: Any = decoder.apply({"params": whole}, tokens[:, : model.prompt], cache=cache)
         held = zip(out["cache"].layers, shape.heads_by_layer, strict=True)
-        layers = tuple(LayerCache(h.keys[:, :, :n], h.values[:, :, :n], h.present) for h, n in held)
+        layers = tuple(layer.resized(tokens.shape[1], n) for layer, n in held)
         cache = Cache(layers, out["cache"].used)
         rest: Any = Decoder(shape).apply({"params": narrow}, tokens[:, model.prompt :], cache=cache)
         return jnp.concatenate([out["logits"], rest["logits"]], 1)

@@ -15,16 +15,17 @@ import jax.numpy as jnp
 import optax
 from pruning_tasks import Task
 
-from hyperjax import estimators, paramtree, pruning, training
+from hyperjax import paramtree, pruning, training
 from hyperjax.pruning import Buckets, Experts, Gated, GumbelSigmoid, HardConcrete, MixtureOfDepths, TopK, costs
 from hyperjax.transformer import Config, Decoder, Encoder, Gates
 
 Array = jax.Array
-OPEN = 0.98  # probability that a static gate is open at first; noise on what stays open costs quality
+OPEN = 0.9  # probability that a static gate is open at first
 STEERED = ("static", "sequence", "layers", "token")  # a Lagrangian leads them to the budget; others keep a fixed number
 RANDOM = ("random_static", "random_sequence", "random_mod", "random_experts")
 METHODS = ("dense", "small", "thin", *STEERED, "mod", "experts", "expert_choice", *RANDOM)
 CAPACITY = 1.25  # places of experts, over a balanced load: in training, when judged, counted and timed
+RAMP = 0.1  # share of the steps over which the target of a Lagrangian falls from 1
 BALANCE, Z, PREDICTOR = 1e-2, 1e-3, 1.0  # weights of the losses of routers
 
 
@@ -38,7 +39,13 @@ class Plain(nn.Module):
         self.model = (Decoder if self.causal else Encoder)(self.config)
 
     def __call__(
-        self, tokens: Array, key: Array | None = None, *, mask: Array | None = None, temperature: Any = 1.0
+        self,
+        tokens: Array,
+        key: Array | None = None,
+        *,
+        mask: Array | None = None,
+        temperature: Any = 1.0,
+        settled: Any = False,
     ) -> dict[str, Any]:
         """What the Transformer returns, and a `share` of 1."""
         options: dict[str, Any] = {"key": key} if mask is None else {"key": key, "mask": mask}
@@ -160,33 +167,31 @@ def router_share(network: Any, config: Config, task: Task, name: str) -> float:
 
 
 def make_optimizer(config: Any) -> optax.GradientTransformation:
-    """AdamW for the network; a faster Adam for static gates and thresholds; ascent for the multipliers."""
+    """AdamW for the network; a faster Adam for static gates, until they settle; ascent for the multipliers."""
+    kinds = {"logits": "gates", "linear": "multipliers", "quadratic": "multipliers"}
 
     def label(path: Any, _: Any) -> str:
-        names = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
-        if names.startswith("multipliers"):
-            return "multipliers"
-        fast = names.endswith("logits") or "threshold" in names
-        return "gates" if fast else "network"
+        last = str(getattr(path[-1], "key", getattr(path[-1], "name", None)))
+        return "thresholds" if last.startswith("threshold") else kinds.get(last, "network")
 
     warm = max(1, min(100, config.steps // 10))
     rate = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, warm, config.steps, 0.05 * config.learning_rate
     )
     network = optax.adamw(rate, b2=0.98, weight_decay=config.weight_decay)
+    ramp = RAMP * config.steps  # while the target falls, gates lag behind it, which would wind the multipliers up
+    moving = max(2, round((1 - config.settle) * config.steps))
+    slowing = optax.cosine_decay_schedule(config.gate_rate, moving // 2, 0.1)
+    gates = optax.join_schedules([optax.constant_schedule(config.gate_rate), slowing], [moving - moving // 2])
     return optax.partition(
         {
             "network": optax.chain(optax.clip_by_global_norm(config.clip), network),
-            "gates": optax.adam(training.schedule(config.gate_rate, config.steps, 0.5)),
-            "multipliers": pruning.ascend(optax.sgd(config.multiplier_rate)),
+            "gates": optax.adam(gates),
+            "thresholds": optax.adam(training.schedule(config.gate_rate, config.steps, 0.5)),
+            "multipliers": pruning.ascend(optax.sgd(lambda step: config.multiplier_rate * (step >= ramp))),
         },
         lambda params: jax.tree_util.tree_map_with_path(label, params),
     )
-
-
-def temperature(steps: int) -> optax.Schedule:
-    """From 1 to 0.5 over four fifths of the run."""
-    return estimators.exponential_temperature(math.log(2) / (0.8 * steps))
 
 
 def served(name: str, model: Any, variables: Any, task: Task) -> tuple[Any, Callable[..., Array], bool]:

@@ -3,52 +3,49 @@
 G groups of positions, U units of a layer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from pruning_report import Found, compute_by_position
+from pruning_report import Trained, compute_by_position
 from pruning_tasks import Characters, Task
 
 from hyperjax.transformer import Config
 
 
 def draw(
-    rows: list[dict[str, Any]],
-    times: dict[str, dict[str, float]],
-    networks: dict[str, tuple[str, Any, Any]],
-    kept: dict[str, Found],
-    task: Task,
-    dense: Config,
-    folder: Path,
+    trained: Sequence[Trained], times: Mapping[str, dict[str, list[float]]], task: Task, dense: Config, folder: Path
 ) -> None:
-    """Writes the pictures."""
-    points: dict[str, list] = {}
-    timed: dict[str, list] = {}
-    for label, (name, _, _) in networks.items():
-        mine = [row["found"] for row in rows if row["label"] == label]
-        quality = [found.quality for found in mine]
-        timed.setdefault(name, [])  # keeps the method's colour
-        points.setdefault(name, []).append(([found.share for found in mine], quality))
+    """Writes the pictures; of what opens where, those of the first seed."""
+    by_label: dict[str, list[Trained]] = {}
+    for each in trained:
+        by_label.setdefault(each.label, []).append(each)
+    points: dict[str, list] = {each.name: [] for each in trained}
+    timed: dict[str, list] = {each.name: [] for each in trained}  # one without times keeps the method's colour
+    for label, (first, *others) in by_label.items():
+        found = [first.found, *(other.found for other in others)]
+        quality = [one.quality for one in found]
+        points[first.name].append(([one.share for one in found], quality))
         if "ms_b32" in times[label]:
-            timed[name].append(([times[label]["ms_b32"]], quality))
+            timed[first.name].append((times[label]["ms_b32"], quality))
     label = "test bits per character" if task.unit == "bpc" else "test error"
     share = "share of the dense network's operations"
     draw_tradeoff(points, folder / "flops.png", share, label, f"{task.name}: quality against operations")
     options = ("ms for 32 samples", label, f"{task.name}: quality against time")
     if any(timed.values()):
         draw_tradeoff(timed, folder / "time.png", *options)
-    openness = {name: kept[name].openness for name in networks if kept[name].openness and "random" not in name}
+    firsts = {label: seeds[0] for label, seeds in by_label.items()}
+    openness = {label: one.found.openness for label, one in firsts.items() if "random" not in label}
     draw_openness(openness, task.groups, folder / "open.png", f"What opens for which input, {task.name}")
     if isinstance(task, Characters):
         windows = (256 // task.length or 1, task.length)
         tokens = np.asarray(task.corpus.test[: windows[0] * windows[1]], np.int32).reshape(windows)
         text = task.corpus.decode(tokens.reshape(-1))
-        texts = {}
-        for name, (method, model, params) in networks.items():
-            if method in ("layers", "mod", "token", "sequence"):
-                texts[name] = compute_by_position(model, params, tokens, task, dense).reshape(-1)
+        texts = {
+            label: compute_by_position(one.model, one.params, tokens, task, dense).reshape(-1)
+            for label, one in firsts.items()
+            if one.name in ("layers", "mod", "token", "sequence")
+        }
         draw_compute(texts, text, folder / "compute.png", "Compute by character")
 
 

@@ -3,7 +3,8 @@
 B samples, L positions, G groups of positions, U units of a layer.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from hyperjax.transformer import Config, Decoder, Gates
 
 SIZE = 32  # samples evaluated together, and batch of the larger measurement
 SINGLES = 8  # samples that latency at batch 1 is the mean of
+SIZES = ((1, SINGLES), (SIZE, 1))
 TOKENS = 64  # tokens decoded in a measurement
 
 
@@ -36,6 +38,26 @@ class Found(NamedTuple):
     share: float
     flops: np.ndarray
     openness: dict[str, np.ndarray]
+
+
+class Trained(NamedTuple):
+    """A network after its training.
+
+    Attributes:
+        label: method and budget.
+        name: the method.
+        seed: of its training.
+        model: the module.
+        params: its parameters.
+        found: what its test found.
+    """
+
+    label: str
+    name: str
+    seed: int
+    model: Any
+    params: Any
+    found: Found
 
 
 def make_evaluate(name: str, model: Any, task: Task, dense: Config) -> Callable[[Any, str], Found]:
@@ -79,28 +101,29 @@ def make_evaluate(name: str, model: Any, task: Task, dense: Config) -> Callable[
 
 
 def operations(name: str, model: Any, gates: Gates, mask: jax.Array, task: Task, dense: Config) -> jax.Array:
-    """Operations of each sample, [2, B]: of the network as it is served, without routers, and of the dense one.
-
-    A sample of n of L positions costs as much as one of length n would: scores as n squared, all else as n.
-    """
+    """Operations of each sample, [2, B]: of the network as it is served, without routers, and of the dense one."""
     samples, length = mask.shape
     if isinstance(model, Experts):  # all places are computed
         places = model.places((samples, length), CAPACITY) / mask.size
         opened = Gates(blocks=jnp.full((dense.layers, 1), places))
     else:
         opened = jax.tree.map(lambda gate: (gate > 0).astype(jnp.float32), gates)
-    part = mask.mean(-1)
-
-    def total(sized: Config, opened: Gates, all_keys: bool = False) -> jax.Array:
-        whole = costs(sized, length, causal=task.causal)
-        none = (0.0,) * len(whole.layer)
-        along = whole._replace(scores=none)
-        square = whole._replace(fixed=0.0, attention=none, unit=none, layer=none)
-        linear, scores = (pruning.share(some, opened, mask, all_keys=all_keys) * some.total for some in (along, square))
-        return jnp.broadcast_to(linear * part + scores * part**2, (samples,))
-
     own = model.config if isinstance(model, Plain) else dense
-    return jnp.stack([total(own, opened, name == "token"), total(dense, Gates())])
+    return jnp.stack([total(own, opened, mask, task.causal, name == "token"), total(dense, Gates(), mask, task.causal)])
+
+
+def total(sized: Config, opened: Gates, mask: jax.Array, causal: bool, all_keys: bool = False) -> jax.Array:
+    """Operations that open gates leave of each sample, [B].
+
+    A sample of n of L positions costs as much as one of length n would: scores as n squared, all else as n.
+    """
+    samples, length = mask.shape
+    part, whole = mask.mean(-1), costs(sized, length, causal=causal)
+    none = (0.0,) * len(whole.layer)
+    along = whole._replace(scores=none)
+    square = whole._replace(fixed=0.0, attention=none, unit=none, layer=none)
+    linear, scores = (pruning.share(some, opened, mask, all_keys=all_keys) * some.total for some in (along, square))
+    return jnp.broadcast_to(linear * part + scores * part**2, (samples,))
 
 
 def expanded(gates: Gates, shape: tuple[int, ...]) -> dict[str, jax.Array]:
@@ -144,44 +167,55 @@ def compute_by_position(model: Any, params: Any, tokens: np.ndarray, task: Task,
     return np.asarray(run(params, tokens))
 
 
-def measure(networks: Mapping[str, tuple[str, Any, Any]], task: Task, repeats: int) -> dict[str, dict[str, float]]:
+def measure(trained: Sequence[Trained], task: Task, repeats: int) -> dict[str, dict[str, list[float]]]:
     """Times the forward pass of all networks in turn, at batch 1 and 32, and decoding where there is any.
 
     Args:
-        networks: by label: method, network and parameters.
+        trained: the networks, of any seeds.
         task: whose test inputs are used.
         repeats: rounds.
 
     Returns:
-        By label: `ms_b1`, `ms_b32`, `tokens_per_second` at batch 32, `decode_ms` of one token at batch 1; medians.
-        What only masks is left out: it takes as long as the dense network, and more.
+        By label: `ms_b1`, `ms_b32`, `tokens_per_second` at batch 32, `decode_ms` of one token at batch 1; for each seed
+        the median. What only masks is left out: it takes as long as the dense network, and more.
     """
     batch = next(iter(task.batches("test", SIZE)))[0]
-    runs: dict[str, Any] = {}
-    for label, (name, model, params) in networks.items():
-        needed, run, saves = served(name, model, {"params": params}, task)
-        if saves or name == "dense":
-            for size, several in ((1, SINGLES), (SIZE, 1)):
-                inputs = [(batch["tokens"][at : at + size], batch["mask"][at : at + size]) for at in range(several)]
-                call = compiled(run, needed, *inputs[0])
-                runs[f"{label}/ms_b{size}"] = lambda call=call, needed=needed, inputs=inputs: [
-                    call(needed, *each) for each in inputs
-                ]
-        if task.causal:
-            decode = decoder(name, model, {"params": params}, task)
-            if decode is not None:
-                call = compiled(decode[1], decode[0], batch["tokens"][:1, :TOKENS])
-                tokens = batch["tokens"][:1, :TOKENS]
-                runs[f"{label}/decode_ms"] = lambda call=call, needed=decode[0], tokens=tokens: call(needed, tokens)
-    found: dict[str, dict[str, float]] = {label: {} for label in networks}
-    for key, seconds in in_turn(runs, repeats).items():
-        label, what = key.rsplit("/", 1)
-        steps = {"decode_ms": min(TOKENS, task.length), "ms_b1": SINGLES}.get(what, 1)
-        found[label][what] = 1e3 * float(np.median(seconds)) / steps
+    inputs = {
+        size: [(batch["tokens"][i : i + size], batch["mask"][i : i + size]) for i in range(n)] for size, n in SIZES
+    }
+    runs: dict[tuple[str, str, int], Callable[[], Any]] = {}
+    programs: dict[Any, Any] = {}
+
+    def program(key: tuple[str, str], function: Callable[..., Any], needed: Any, *one: Any) -> Any:
+        """The compiled function; seeds whose parameters have the same shapes share one."""
+        shapes = (*key, str(jax.tree.map(jnp.shape, needed)))
+        if shapes not in programs:
+            programs[shapes] = compiled(function, needed, *one)
+        return programs[shapes]
+
+    for each in trained:
+        needed, run, saves = served(each.name, each.model, {"params": each.params}, task)
+        for size, several in inputs.items() if saves or each.name == "dense" else ():
+            what = f"ms_b{size}"
+            call = program((each.label, what), run, needed, *several[0])
+            runs[each.label, what, each.seed] = partial(_all, call, needed, several)
+        decode = decoder(each.name, each.model, {"params": each.params}, task) if task.causal else None
+        if decode is not None:
+            tokens = batch["tokens"][:1, :TOKENS]
+            call = program((each.label, "decode_ms"), decode[1], decode[0], tokens)
+            runs[each.label, "decode_ms", each.seed] = partial(call, decode[0], tokens)
+    found: dict[str, dict[str, list[float]]] = {each.label: {} for each in trained}
+    steps = {"decode_ms": min(TOKENS, task.length), "ms_b1": SINGLES}
+    for (label, what, _), seconds in in_turn(runs, repeats).items():
+        found[label].setdefault(what, []).append(1e3 * float(np.median(seconds)) / steps.get(what, 1))
     for times in found.values():
         if f"ms_b{SIZE}" in times:
-            times["tokens_per_second"] = float(batch["mask"].sum()) / (times[f"ms_b{SIZE}"] / 1e3)
+            times["tokens_per_second"] = [1e3 * float(batch["mask"].sum()) / ms for ms in times[f"ms_b{SIZE}"]]
     return found
+
+
+def _all(call: Callable[..., Any], needed: Any, inputs: list[Any]) -> list[Any]:
+    return [call(needed, *each) for each in inputs]
 
 
 def decoder(name: str, model: Any, variables: Any, task: Task) -> Any:

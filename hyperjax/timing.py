@@ -1,10 +1,12 @@
 """How benchmarks time things: compiled ahead, and in turn, so that ratios hold although the machine's speed drifts."""
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
 
 import jax
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 def compiled(function: Callable, *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
@@ -21,7 +23,7 @@ def compiled(function: Callable, *arguments: Any, donate: tuple[int, ...] = ()) 
     return jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
 
 
-def in_turn(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+def in_turn(runs: Mapping[Name, Callable[[], Any]], repeats: int) -> dict[Name, list[float]]:
     """Times runs in rounds; a turn is one untimed run, which warms up the caches, and two timed ones.
 
     Args:
@@ -31,7 +33,7 @@ def in_turn(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, li
     Returns:
         Seconds of each timed run, by name, 2 x repeats of them.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    seconds: dict[Name, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
             jax.block_until_ready(run())

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from hyperjax import training
+from hyperjax import training, transformer
 from hyperjax.pruning import costs
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -29,6 +29,7 @@ def load_script(name):
 
 tasks, methods, report = (load_script(f"pruning_{name}") for name in ("tasks", "methods", "report"))
 load_script("pruning_pictures")
+learning = load_script("pruning_training")
 script = load_script("dynamic_pruning")
 SIZES = ["--layers=2", "--width=16", "--ffn=32", "--blocks=4", "--length=24", "--prompt=8", "--batch=4"]
 TINY = [*SIZES, "--steps=8", "--log-every=2", "--eval-every=4", "--eval-windows=8", "--repeats=1", "--budgets=0.85"]
@@ -97,11 +98,11 @@ def test_times_are_of_what_saves_some(finished):
     summary = read_summary(finished)
     for name in CAUSAL:
         label = folder(name).removesuffix("-seed0")
-        timed = {key for key in ("ms_b1", "ms_b32", "decode_ms") if f"{label}_{key}" in summary}
+        timed = {key for key in ("ms_b1", "ms_b32", "decode_ms") if f"{label}_{key}_mean" in summary}
         wanted = {"ms_b1", "ms_b32"} if name in ("dense", "small", "static", "sequence", "experts") else set()
         assert timed == wanted | ({"decode_ms"} if name in ("dense", "small", "static", "layers", "mod") else set())
         if "ms_b32" in timed:
-            speed = summary[f"{label}_tokens_per_second"] * summary[f"{label}_ms_b32"] / 1e3
+            speed = summary[f"{label}_tokens_per_second_mean"] * summary[f"{label}_ms_b32_mean"] / 1e3
             assert speed == pytest.approx(32 * 24)
 
 
@@ -109,7 +110,7 @@ def test_every_method_costs_what_the_budget_says(finished):
     summary = read_summary(finished)
     whole = summary["dense_flops_per_token_p50"]
     task = script.load(script.Config(length=24, prompt=8), 0)
-    dense = script.Sizes(task.vocabulary, layers=2, width=16, heads=4, ffn=32, length=24)
+    dense = transformer.Config(task.vocabulary, layers=2, width=16, heads=4, ffn=32, length=24)
     assert whole == costs(dense, 24).total / 24
     assert summary["small_85_share_mean"] == pytest.approx(0.85, rel=0.02)
     assert summary["small_85_params"] < summary["params"]
@@ -147,7 +148,7 @@ def test_an_interrupted_run_resumes_to_the_same_files(finished, tmp_path, monkey
     assert (stop.value.code, len(sixth)) == (130, 2)
     assert not (tmp_path / "summary.json").exists()
     assert not (tmp_path / folder("static")).exists()
-    spent = script.earlier(tmp_path)
+    spent = learning.earlier(tmp_path)
     assert spent > 0
     capsys.readouterr()
     assert script.main(command) == 0
@@ -188,7 +189,7 @@ def test_a_teacher_changes_what_is_learned(finished, tmp_path):
 def test_penalties_weigh_what_is_open():
     config = script.Config(layers=2, width=16, ffn=32, blocks=4, length=24, prompt=8, batch=4, steps=10)
     task = script.load(config, 0)
-    model, batch = methods.build("static", script.sizes(config, task), task, 0.85, 0, 4), task.batch_at(0)
+    model, batch = methods.build("static", learning.sizes(config, task), task, 0.85, 0, 4), task.batch_at(0)
     shapes = jax.eval_shape(lambda key: model.init(key, batch["tokens"]), jax.random.key(0))["params"]
     params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, np.float32), shapes)
     gates = model.choice.gates(None, np.float32(0.1))  # of all heads and blocks alike
@@ -196,7 +197,7 @@ def test_penalties_weigh_what_is_open():
     assert 0 < wanted["l2"] < wanted["l1"] < 1
     for penalty, value in wanted.items():
         chosen = dataclasses.replace(config, penalty=penalty, penalty_weight=0.5)
-        loss = jax.jit(script.make_loss(chosen, "static", model, task, 0.85))
+        loss = jax.jit(learning.make_loss(chosen, "static", model, task, 0.85))
         for step, ramp in ((0, 0.0), (1, 1 / 3), (7, 1.0)):  # it sets in slowly
             total, (carry, metrics) = loss({"network": params}, {"step": step}, batch, None)
             assert float(total - metrics["task_loss"]) == pytest.approx(0.5 * ramp * value, abs=1e-5)
@@ -210,8 +211,8 @@ def test_passages(tmp_path, capsys):
     for name in ("dense", "expert_choice", "sequence", "mod"):
         label = folder(name).removesuffix("-seed0")
         assert 0 <= summary[f"{label}_error_mean"] <= 1
-        assert {f"{label}_ms_b1", f"{label}_ms_b32"} <= summary.keys()
-        assert f"{label}_decode_ms" not in summary
+        assert {f"{label}_ms_b1_mean", f"{label}_ms_b32_mean"} <= summary.keys()
+        assert f"{label}_decode_ms_mean" not in summary
         error = 8 * training.read_lines(tmp_path / folder(name) / "metrics.jsonl")[-1]["valid_error"]
         assert error == pytest.approx(round(error), abs=1e-6)
     assert summary["mod_85_flops_per_token_p5"] < summary["mod_85_flops_per_token_p95"]
@@ -226,6 +227,7 @@ def test_two_seeds_of_two_budgets(finished, tmp_path):
     other = 2 * summary["dense_bpc_mean"] - one
     assert one != other
     assert summary["dense_bpc_std"] == pytest.approx(abs(one - other) / np.sqrt(2), rel=1e-4)
+    assert summary["dense_ms_b32_std"] >= 0 < summary["dense_decode_ms_std"]
     for key in ("bpc_mean", "bpc_std", "share_mean", "params"):
         assert summary[f"small_100_{key}"] == pytest.approx(summary[f"dense_{key}"])  # the same network
 
@@ -277,6 +279,8 @@ def test_presets():
         (["--steps=0"], "--steps is 0, expected 1 or more"),
         (["--seed=-1"], "--seed is -1, expected a whole number from 0"),
         (["--learning-rate=nan"], "--learning-rate is nan, expected a positive number"),
+        (["--settle=1"], "--settle is 1.0, expected a number in [0, 1)"),
+        (["--settle=nan"], "--settle is nan, expected a number in [0, 1)"),
         (["--penalty=l3"], "--penalty is l3, expected lagrangian, flops, l1, l2"),
         (["--dropout=1"], "dropout is 1.0, expected a share of at least 0 and below 1"),
         (["--distill=1", "--methods", "small", "dense"], "expected dense first, the teacher of --distill"),

@@ -141,6 +141,28 @@ def test_keys_and_temperature():
     assert np.all((drawn > 0) & (drawn < 1))
 
 
+@pytest.mark.parametrize("kind", ["static", "sequence", "token", "buckets"])
+def test_settled_gates_are_those_that_are_served(kind):
+    config = Config(**{**vars(C), "dropout": 0.3})
+    if kind == "buckets":
+        model = Buckets(config, prompt=P, after=0, blocks=4, shares=(0.25, 0.5, 1.0))
+    else:
+        model = built(kind, "hard" if kind == "static" else "gumbel").clone(config=config)
+    variables = random_variables(model, TEXT)
+
+    @jax.jit
+    def run(settled):
+        return model.apply(variables, TEXT, KEY, settled=settled)
+
+    served, drawn, settled = model.apply(variables, TEXT), run(False), run(True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), settled["gates"], served["gates"])
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), drawn["gates"], served["gates"])
+    assert max(jax.tree.leaves(moved)) > 0.1
+    assert np.abs(settled["logits"] - served["logits"]).max() > 0.01  # dropout goes on
+    without = model.apply(variables, TEXT, KEY)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), drawn["gates"], without["gates"])
+
+
 @pytest.mark.parametrize("per", ["static", "token"])
 def test_keep_k_and_random_gates(per):
     model = Gated(C, per=per, choice=TopK(3), prune=("blocks",), blocks=4, seed=5)

@@ -26,7 +26,9 @@ def load_script(name):
     return module
 
 
-tasks, methods, report = (load_script(f"pruning_{name}") for name in ("tasks", "methods", "report"))
+tasks, methods, report, learning = (
+    load_script(f"pruning_{name}") for name in ("tasks", "methods", "report", "training")
+)
 L, PROMPT, BLOCKS = 16, 6, 4
 SETTING = SimpleNamespace(data="pydoc", data_dir=None, length=L, prompt=PROMPT, batch=4, eval_windows=40)
 CHARACTERS = tasks.load(SETTING, 0)
@@ -37,12 +39,12 @@ def sizes(task):
     return Config(task.vocabulary, layers=2, width=16, heads=2, ffn=32, length=task.length, outputs=task.outputs)
 
 
-def made(name, task, budget=0.93):
+def made(name, task, budget=0.93, seed=0):
     """A network, and parameters drawn at random, so that its routers choose now this and now that."""
     model, batch = methods.build(name, sizes(task), task, budget, 0, BLOCKS), task.batch_at(0)
     options = {} if task.causal else {"mask": batch["mask"]}
     shapes = jax.eval_shape(lambda key: model.init(key, batch["tokens"], **options), jax.random.key(0))["params"]
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
         place = jax.tree_util.keystr(path)
@@ -198,6 +200,27 @@ def test_short_passages_cost_less():
     assert found.openness["layers"].shape == (len(PASSAGES.groups), 2, 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [("static", CHARACTERS), ("token", CHARACTERS), ("static", PASSAGES), ("sequence", PASSAGES)],
+    ids=lambda value: getattr(value, "unit", value),
+)
+def test_what_is_steered_is_what_an_evaluation_counts(name, task):
+    model, params = made(name, task)
+    batch, dense = task.batch_at(3), sizes(task)
+
+    def steered(params):
+        out = judged(model, params, batch, task.causal)
+        return learning.served_share(name, model, out, params, batch, task, dense), out["gates"]
+
+    share, gates = steered(params)
+    found, whole = report.operations(name, model, gates, batch["mask"], task, dense)
+    wanted = found.sum() / whole.sum() + methods.router_share(params, dense, task, name)
+    assert share == pytest.approx(float(wanted), rel=1e-5 if task.causal else 0.01)
+    slope = jax.grad(lambda params: steered(params)[0])(params)
+    assert any(np.any(leaf) for part, tree in slope.items() if part != "model" for leaf in jax.tree.leaves(tree))
+
+
 @pytest.mark.parametrize("name", ["static", "sequence", "layers", "token", "mod"])
 def test_compute_by_position_averages_to_the_share(name):
     model, params = made(name, CHARACTERS)
@@ -240,21 +263,41 @@ def test_small_networks_of_every_budget():
 
 
 def test_times_are_medians_of_turns(monkeypatch):
-    networks = {name: (name, *made(name, CHARACTERS)) for name in ("dense", "token")}
-    seconds = {"dense/ms_b1": [3.0, 1.0, 2.0], "dense/ms_b32": [8.0], "dense/decode_ms": [L * 1.0, L * 2.0, L * 4.0]}
+    of_seed = {0: 1.0, 1: 10.0}
+    whats = {"ms_b1": [3.0, 1.0, 2.0], "ms_b32": [8.0], "decode_ms": [L * 1.0, L * 2.0, L * 4.0]}
+    seconds = {
+        ("dense", what, seed): [factor * each for each in whole]
+        for what, whole in whats.items()
+        for seed, factor in of_seed.items()
+    }
+    compiling: list[str] = []
 
     def timed(runs, repeats):
         assert (runs.keys(), repeats) == (seconds.keys(), 7)
+        first, other = (jax.block_until_ready(runs["dense", "decode_ms", seed]()) for seed in of_seed)
+        assert np.abs(first - other).max() > 0.01  # the seeds share a program, not parameters
         for run in runs.values():
             jax.block_until_ready(run())
-        return seconds
+        return {key: seconds[key] for key in runs}
+
+    def counted(function, *arguments):
+        compiling.append("")
+        return jax.jit(function).lower(*arguments).compile()
 
     monkeypatch.setattr(report, "in_turn", timed)
-    found = report.measure(networks, CHARACTERS, 7)
+    monkeypatch.setattr(report, "compiled", counted)
+    trained = [
+        report.Trained(name, name, seed, *made(name, CHARACTERS, seed=seed), None)
+        for name, seeds in (("dense", (0, 1)), ("token", (0,)))
+        for seed in seeds
+    ]
+    found = report.measure(trained, CHARACTERS, 7)
+    one, other = 2e3 / report.SINGLES, 2e4 / report.SINGLES
     assert found["dense"] == {
-        "ms_b1": 2e3 / report.SINGLES,
-        "ms_b32": 8e3,
-        "decode_ms": 2e3,
-        "tokens_per_second": 32 * L / 8,
+        "ms_b1": [one, other],
+        "ms_b32": [8e3, 8e4],
+        "decode_ms": [2e3, 2e4],
+        "tokens_per_second": [32 * L / 8, pytest.approx(32 * L / 80)],
     }
     assert found["token"] == {}
+    assert len(compiling) == 3  # for two seeds

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from numpy_transformer import random_variables
 
-from hyperjax.transformer import Attention, Chosen, Config, Decoder, Gates, rotate
+from hyperjax.transformer import Attention, Chosen, Config, Decoder, Gates, Rotary, rotate
 
 B, L, H, N, V = 2, 6, 2, 4, 7
 SIZES = dict(vocabulary=V, layers=2, width=8, heads=H, ffn=8, length=L)
@@ -52,7 +52,7 @@ def plain_decoder(params, tokens):
         return nn.LayerNorm(use_bias=False).apply({"params": p}, x)
 
     x, stack = nn.Embed(V, 8).apply({"params": params["embedding"]}, tokens), params["stack"]
-    places = jnp.broadcast_to(0 + jnp.arange(L)[None], tokens.shape)
+    places = Rotary.of(np.arange(L)[None], 4)
     for n in range(2):
         p, h = stack[f"attention_{n}"], norm(x, stack[f"attention_norm_{n}"])
         q, k, v = (jnp.einsum("bld,dhk->blhk", h, p[name]) for name in ("query", "key", "value"))

@@ -79,7 +79,13 @@ class Buckets(nn.Module):
         return tuple(int(np.ceil(round(share * self.blocks, 6))) for share in self.shares)
 
     def __call__(
-        self, tokens: Array, key: Array | None = None, *, mask: Array | None = None, temperature: Any = 1.0
+        self,
+        tokens: Array,
+        key: Array | None = None,
+        *,
+        mask: Array | None = None,
+        temperature: Any = 1.0,
+        settled: Any = False,
     ) -> dict[str, Any]:
         """Runs the whole network, multiplied by the gates of the bucket chosen: to train and to evaluate.
 
@@ -88,6 +94,8 @@ class Buckets(nn.Module):
             key: PRNG key of choice and dropout, for training; without it the likeliest bucket is taken.
             mask: [B, L] bool, False for padding; of encoders.
             temperature: of the Gumbel-softmax.
+            settled: whether the likeliest bucket is taken although there is a key; may be traced. For the last steps
+                of training.
 
         Returns:
             What the Transformer returns; `gates`, of all layers; `bucket` [B, J], one-hot; `share` [B] of the
@@ -101,7 +109,7 @@ class Buckets(nn.Module):
                 return None
             if number == self.after:
                 found["logits"] = self.decide(x_BLD, mask, first)
-                bucket_BJ = self._draw(found["logits"], first, temperature)
+                bucket_BJ = self._draw(found["logits"], first, temperature, settled)
                 found["bucket"] = jnp.broadcast_to(bucket_BJ, (len(tokens), len(self.shares)))
                 found["gates"] = self.gates(found["bucket"], tokens.shape[1])
             return found["gates"]
@@ -149,12 +157,12 @@ class Buckets(nn.Module):
             found.append(1 - later * saved / whole.total)
         return np.asarray(found, np.float32)
 
-    def _draw(self, logits: Array, key: Array | None, temperature: Any) -> Array:
+    def _draw(self, logits: Array, key: Array | None, temperature: Any, settled: Any) -> Array:
+        likeliest = estimators.top_k_mask(logits, 1)
         if key is None or self.seed is not None:
-            bucket = estimators.top_k_mask(logits, 1)
-        else:
-            bucket = estimators.gumbel_softmax(jax.random.fold_in(key, 2), logits, temperature, hard=True)
-        return bucket
+            return likeliest
+        drawn = estimators.gumbel_softmax(jax.random.fold_in(key, 2), logits, temperature, hard=True)
+        return drawn if settled is False else jnp.where(settled, likeliest, drawn)
 
     def _random_bias(self, length: int) -> np.ndarray:
         """Logits of a distribution over buckets whose mean cost is the budget: exponential in the cost."""

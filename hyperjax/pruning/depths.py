@@ -76,7 +76,13 @@ class MixtureOfDepths(nn.Module):
         return max(1, math.ceil(round(self.keep * length, 6)))
 
     def __call__(
-        self, tokens: Array, key: Array | None = None, *, mask: Array | None = None, temperature: Any = 1.0
+        self,
+        tokens: Array,
+        key: Array | None = None,
+        *,
+        mask: Array | None = None,
+        temperature: Any = 1.0,
+        settled: Any = False,
     ) -> dict[str, Any]:
         """Runs the network.
 
@@ -85,6 +91,7 @@ class MixtureOfDepths(nn.Module):
             key: PRNG key of dropout (and of random scores), for training.
             mask: [B, L] bool, False for padding, which is chosen last; of encoders.
             temperature: has no effect.
+            settled: has no effect: nothing is drawn.
 
         Returns:
             What the Transformer returns; `gates`, with `tokens` [layers, B, L], 0 or 1; `share` of the operations that

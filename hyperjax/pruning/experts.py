@@ -88,6 +88,7 @@ class Experts(nn.Module):
         *,
         mask: Array | None = None,
         temperature: Any = 1.0,
+        settled: Any = False,
         capacity: Any = "config",
     ) -> dict[str, Any]:
         """Runs the network.
@@ -97,6 +98,7 @@ class Experts(nn.Module):
             key: PRNG key of dropout (and of random routing), for training.
             mask: [B, L] bool, False for padding, which takes no places; of encoders.
             temperature: has no effect.
+            settled: has no effect: nothing is drawn.
             capacity: places of each block, or None; by default the module's with a key, and None without.
 
         Returns:

@@ -87,7 +87,13 @@ class Gated(nn.Module):
             self.routers = {n: Router(layers * self._units(n), HIDDEN, start, seeded(self.seed, i)) for i, n in names}
 
     def __call__(
-        self, tokens: Array, key: Array | None = None, *, mask: Array | None = None, temperature: Any = 1.0
+        self,
+        tokens: Array,
+        key: Array | None = None,
+        *,
+        mask: Array | None = None,
+        temperature: Any = 1.0,
+        settled: Any = False,
     ) -> dict[str, Any]:
         """Runs the network.
 
@@ -96,6 +102,8 @@ class Gated(nn.Module):
             key: PRNG key of gates and dropout, for training; without it gates are those that are served.
             mask: [B, L] bool, False for padding; of encoders.
             temperature: of the choice.
+            settled: whether gates are those that are served although there is a key; may be traced. For the last steps
+                of training, so that the network learns to do without noise what it will do.
 
         Returns:
             What the Transformer returns; `gates`, of all layers; `share` of the operations that open gates leave,
@@ -108,7 +116,7 @@ class Gated(nn.Module):
         def decide(number: int, x_BLD: Array) -> Gates:
             if self.per == "token":
                 logits = {n: self._logits(f"{n}_{number}", x_BLD, gate_key, number) for n in self.prune}
-                decided[number] = self._choose(logits, gate_key, number, temperature)
+                decided[number] = self._choose(logits, gate_key, number, temperature, settled)
             elif self.per != "static" and number == self.after:
                 pooled = pool(x_BLD, self.per, mask, self.prompt if self.causal else None)
                 for name in self.prune:
@@ -120,7 +128,7 @@ class Gated(nn.Module):
                     decided[number] = (self._all_open(tokens.shape), self._all_open(tokens.shape))
                 else:
                     logits = {n: logits[number - first] for n, logits in made.items()}
-                    decided[number] = self._choose(logits, gate_key, number, temperature, tokens.shape)
+                    decided[number] = self._choose(logits, gate_key, number, temperature, settled, tokens.shape)
             return decided[number][0]
 
         made: dict[str, Array] = {n: self.routers[n]() for n in self.prune} if self.per == "static" else {}
@@ -142,14 +150,23 @@ class Gated(nn.Module):
         return self.routers[name](x, None if key is None else _key(key, name, number))
 
     def _choose(
-        self, logits: dict[str, Array], key: Array | None, number: int, temperature: Any, shape: tuple | None = None
+        self,
+        logits: dict[str, Array],
+        key: Array | None,
+        number: int,
+        temperature: Any,
+        settled: Any,
+        shape: tuple | None = None,
     ) -> tuple[Gates, Gates]:
         """Gates of a layer, and what of them is open as it is served."""
         drawn, opened = {}, {}
         for name, values in logits.items():
             # random logits are noise enough, and those of static gates stay what is served
             key_of = None if key is None or self.seed is not None else _key(jax.random.fold_in(key, 1), name, number)
-            pair: tuple[Array, ...] = self.choice.gates(key_of, values, temperature), self.choice.open(values)
+            gates = self.choice.gates(key_of, values, temperature)
+            if key_of is not None and settled is not False:
+                gates = jnp.where(settled, self.choice.gates(None, values), gates)
+            pair: tuple[Array, ...] = gates, self.choice.open(values)
             if shape is not None and self.per != "static":
                 pair = tuple(jnp.broadcast_to(gate, (shape[0], gate.shape[-1])) for gate in pair)
                 if self.causal:

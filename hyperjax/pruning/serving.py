@@ -13,7 +13,7 @@ from hyperjax.pruning.compact import cut
 from hyperjax.pruning.depths import MixtureOfDepths
 from hyperjax.pruning.gated import Gated
 from hyperjax.pruning.routers import check_prompt, mask_options
-from hyperjax.transformer import Cache, Context, Decoder, Encoder, Gates, LayerCache
+from hyperjax.transformer import Cache, Context, Decoder, Encoder, Gates
 from hyperjax.transformer.checks import check_cache, check_mask, check_tokens
 
 Array = jax.Array
@@ -109,17 +109,15 @@ class BucketServer:
         whole: Any = Decoder(model.config)
         batch, length = tokens.shape
         inner = {"params": variables["whole"]["params"]["model"]}
-        cache = whole.initialize_cache(batch, length)
+        cache = whole.initialize_cache(batch, model.prompt)  # no larger: all branches take it in
         out = whole.apply(inner, tokens[:, : model.prompt], cache=cache)
         state = out["layers"][model.after - 1]["state"] if model.after else out["embedded"]
         bucket = jnp.argmax(model.apply(variables["whole"], state, method="decide")[0])
 
         def run(j: int) -> Any:
             def branch() -> Array:
-                kept = tuple(
-                    LayerCache(held.keys[:, :, :heads], held.values[:, :, :heads], held.present)
-                    for held, heads in zip(out["cache"].layers, self._models[j].config.heads_by_layer, strict=True)
-                )
+                heads = self._models[j].config.heads_by_layer
+                kept = tuple(held.resized(length, n) for held, n in zip(out["cache"].layers, heads, strict=True))
                 cache = Cache(kept, out["cache"].used)
                 return self._models[j].apply(variables["widths"][j], tokens[:, model.prompt :], cache=cache)["logits"]
 
@@ -132,8 +130,8 @@ class BucketServer:
         model: Any = self.model
         whole: Any = Encoder(model.config)
         inner = {"params": variables["whole"]["params"]["model"]}
-        x_BLD, positions = whole.apply(inner, tokens, method="embed")
-        context = Context(positions, mask)
+        x_BLD, rotary = whole.apply(inner, tokens, method="embed")
+        context = Context(rotary, mask)
         for l in range(model.after):
             x_BLD = whole.apply(inner, l, x_BLD, context, Gates(), method="layer")[0]
         bucket = jnp.argmax(model.apply(variables["whole"], x_BLD, mask, method="decide")[0])
@@ -186,8 +184,8 @@ def skip_decode(
     decide: Any = model.apply
     whole: Any = Decoder(model.config)
     inner = {"params": variables["params"]["model"]}
-    x_BLD, positions = whole.apply(inner, token, cache.used, method="embed")
-    context, kept, taken = Context(positions, used=cache.used), [], []
+    x_BLD, rotary = whole.apply(inner, token, cache.used, room=cache.size, method="embed")
+    context, kept, taken = Context(rotary, used=cache.used), [], []
     for l in range(model.config.layers):
         gate = decide(variables, l, x_BLD, method="decide_one")
 

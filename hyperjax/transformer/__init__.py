@@ -11,7 +11,7 @@ logits = model.apply(variables, tokens, gates=gates)["logits"]
 from hyperjax.transformer.config import Config
 from hyperjax.transformer.decoding import generate
 from hyperjax.transformer.gates import Chosen, Dispatch, Gates
-from hyperjax.transformer.layers import Attention, FeedForward, rotate
+from hyperjax.transformer.layers import Attention, FeedForward, Rotary, rotate
 from hyperjax.transformer.model import Decoder, Encoder, EncoderDecoder
 from hyperjax.transformer.stack import Cache, Context, LayerCache, Stack
 
@@ -28,6 +28,7 @@ __all__ = [
     "FeedForward",
     "Gates",
     "LayerCache",
+    "Rotary",
     "Stack",
     "generate",
     "rotate",

@@ -3,17 +3,49 @@
 B samples, L queries, S keys, D width, H heads, K width of a head, F hidden units, N blocks of them, C capacity.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hyperjax.transformer.gates import Dispatch
 
 Array = jax.Array
 INIT = nn.initializers.lecun_normal
+TABLE = 8192  # positions whose angles may be a constant of a program
 HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+
+
+class Rotary(NamedTuple):
+    """The angles that positions turn queries and keys by: their cosines and sines, [1 or B, L, K/2].
+
+    Made once for all layers, and where positions are known beforehand, before the program runs: sines are dear, and XLA
+    would fuse them into every layer and compute them anew for each head.
+    """
+
+    cos: Array | np.ndarray
+    sin: Array | np.ndarray
+
+    @classmethod
+    def of(cls, positions: Array | np.ndarray, width: int, base: float = 10_000.0) -> "Rotary":
+        """The angles of positions [1 or B, L] for heads of a width K; base of the wavelengths."""
+        half = width // 2
+        frequencies = np.float32(base) ** (-np.arange(half, dtype=np.float32) / half)
+        angles: Any = positions.astype(np.float32)[..., None] * frequencies[None, None]
+        maths = np if isinstance(positions, np.ndarray) else jnp
+        return cls(maths.cos(angles), maths.sin(angles))
+
+    @classmethod
+    def at(cls, used: Any, length: int, room: int | None, width: int) -> "Rotary":
+        """The angles of `length` positions behind `used` ones of at most `room`."""
+        if isinstance(used, int):
+            return cls.of(np.arange(used, used + length)[None], width)
+        if room is None or room > TABLE:
+            return cls.of(used + jnp.arange(length)[None], width)
+        table = cls.of(np.arange(room)[None], width)
+        return cls(*(jax.lax.dynamic_slice_in_dim(jnp.asarray(a), used, length, 1) for a in table))
 
 
 class Attention(nn.Module):
@@ -40,16 +72,16 @@ class Attention(nn.Module):
         self.value = self.param("value", into, sizes)
         self.out = self.param("out", INIT(in_axis=(0, 1), out_axis=2), (self.heads, self.head_width, self.width))
 
-    def keys_values(self, x_BSD: Array, positions: Array | None = None) -> tuple[Array, Array]:
-        """Returns keys and values [B, S, H, K]; with positions [B, S], keys are turned by them."""
+    def keys_values(self, x_BSD: Array, rotary: Rotary | None = None) -> tuple[Array, Array]:
+        """Returns keys and values [B, S, H, K]; with rotary positions, keys are turned by them."""
         k_BSHK, v_BSHK = self._project(x_BSD, self.key), self._project(x_BSD, self.value)
-        return (k_BSHK if positions is None else rotate(k_BSHK, positions)), v_BSHK
+        return (k_BSHK if rotary is None else rotate(k_BSHK, rotary)), v_BSHK
 
     def __call__(
         self,
         x_BLD: Array,
         keys_values: tuple[Array, Array],
-        positions: Array | None = None,
+        rotary: Rotary | None = None,
         mask: Array | None = None,
         gates: Array | None = None,
         ordered: bool = True,
@@ -59,7 +91,7 @@ class Attention(nn.Module):
         Args:
             x_BLD: what asks, [B, L, D].
             keys_values: what `keys_values` returned.
-            positions: [B, L], turn the queries; None leaves them.
+            rotary: positions that turn the queries; None leaves them.
             mask: True where a query may see a key, [B, 1, 1 or L, S].
             gates: of the heads, [H], [B, H] or [B, L, H].
             ordered: whether queries and keys are the same positions, of which causal attention masks the later ones;
@@ -69,7 +101,7 @@ class Attention(nn.Module):
             [B, L, D].
         """
         q_BLHK = self._project(x_BLD, self.query)
-        q_BLHK = q_BLHK if positions is None else rotate(q_BLHK, positions)
+        q_BLHK = q_BLHK if rotary is None else rotate(q_BLHK, rotary)
         k_BSHK, v_BSHK = keys_values
         sizes = q_BLHK.shape[1], k_BSHK.shape[1]
         fused = self._fused(mask, sizes)
@@ -158,21 +190,18 @@ class FeedForward(nn.Module):
             raise ValueError(f"{blocks} blocks do not divide the {self.hidden} hidden units; choose a divisor")
 
 
-def rotate(x_BLHK: Array, positions: Array, base: float = 10_000.0) -> Array:
+def rotate(x_BLHK: Array, rotary: Rotary) -> Array:
     """Turns pairs (x_i, x_{i + K/2}) by the angle position * base^(-2i/K).
 
     Args:
         x_BLHK: queries or keys [B, L, H, K], K even.
-        positions: [B, L].
-        base: of the wavelengths.
+        rotary: the angles, of these positions and this K.
 
     Reference:
         Su et al., "RoFormer: Enhanced transformer with rotary position embedding" (2021), section 3.2.
     """
     half = x_BLHK.shape[-1] // 2
-    frequencies = base ** (-jnp.arange(half) / half)
-    angles = positions.astype(jnp.float32)[..., None, None] * frequencies[None, None, None]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    cos, sin = (angles[:, :, None] for angles in rotary)
     a, b = x_BLHK[..., :half].astype(jnp.float32), x_BLHK[..., half:].astype(jnp.float32)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BLHK.dtype)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from hyperjax.transformer.checks import check_cache, check_mask, check_memory, check_tokens
 from hyperjax.transformer.config import Config
 from hyperjax.transformer.gates import Gates
+from hyperjax.transformer.layers import Rotary
 from hyperjax.transformer.stack import Cache, Context, Decide, LayerCache, Stack, drop
 
 Array = jax.Array
@@ -37,10 +38,19 @@ class _Transformer(nn.Module):
         dense = partial(nn.Dense, use_bias=not self.causal, dtype=c.dtype, dot_general=product)
         self.output = None if outputs is None else dense(outputs)
 
-    def embed(self, tokens: Array, used: Any = 0, key: Array | None = None) -> tuple[Array, Array]:
-        """The state before the first layer [B, L, D], and numbers of the positions [B, L]."""
+    def embed(
+        self, tokens: Array, used: Any = 0, key: Array | None = None, room: int | None = None
+    ) -> tuple[Array, Rotary | None]:
+        """The state before the first layer [B, L, D], and the angles of rotary positions, or None of learned ones.
+
+        Args:
+            tokens: [B, L] int.
+            used: number of positions before them.
+            key: PRNG key of dropout.
+            room: positions in the cache, if there is one.
+        """
         check_tokens(tokens, self.config.vocabulary)
-        positions = jnp.broadcast_to(used + jnp.arange(tokens.shape[1])[None], tokens.shape)
+        rotary = None
         x_BLD = self.embedding(tokens)
         if self.config.positions == "learned":
             limit = self.config.length
@@ -49,8 +59,10 @@ class _Transformer(nn.Module):
                     f"the input has length {tokens.shape[1]}, above the {limit} rows of the position table; cut it, "
                     "raise `length` before training, or use rotary positions"
                 )
-            x_BLD = x_BLD + self.position(positions)
-        return drop(key, x_BLD, self.config.dropout), positions
+            x_BLD = x_BLD + self.position(used + jnp.arange(tokens.shape[1])[None])
+        else:
+            rotary = Rotary.at(used, tokens.shape[1], room, self.config.head_size)
+        return drop(key, x_BLD, self.config.dropout), rotary
 
     def layer(self, number: int, x_BLD: Array, context: Context, gates: Gates, cache: LayerCache | None = None) -> Any:
         """One layer alone, as `Stack.layer`."""
@@ -93,10 +105,10 @@ class Encoder(_Transformer):
             ValueError: tokens are no whole numbers [B, L], longer than the table of positions, or gates do not fit.
         """
         first, rest = (None, None) if key is None else tuple(jax.random.split(key))
-        x_BLD, positions = self.embed(tokens, key=first)
+        x_BLD, rotary = self.embed(tokens, key=first)
         if mask is not None:
             check_mask("mask", mask, tokens.shape)
-        x_out, layers, _ = self.stack(x_BLD, Context(positions, mask, key=rest), gates)
+        x_out, layers, _ = self.stack(x_BLD, Context(rotary, mask, key=rest), gates)
         return {**self.read_out(x_out, mask), "embedded": x_BLD, "layers": layers}
 
 
@@ -141,13 +153,14 @@ class Decoder(_Transformer):
             expected = "expected `memory`, the encoder's features" if self.cross else "expected none: set cross=True"
             raise ValueError(f"cross is {self.cross} and memory is {'given' if held else 'not given'}, {expected}")
         first, rest = (None, None) if key is None else tuple(jax.random.split(key))
-        used = None if cache is None else cache.used
-        x_BLD, positions = self.embed(tokens, 0 if used is None else used, first)
+        used, room = (None, None) if cache is None else (cache.used, cache.size)
         if cache is not None:
+            check_tokens(tokens, self.config.vocabulary)
             check_cache(cache, self.config.layers, *tokens.shape)
+        x_BLD, rotary = self.embed(tokens, 0 if used is None else used, first, room)
         if memory is not None or memory_mask is not None:
             check_memory(memory, memory_mask, tokens.shape[0], self.config.width)
-        context = Context(positions, memory=self._memory(memory, memory_mask, cache), key=rest, used=used)
+        context = Context(rotary, memory=self._memory(memory, memory_mask, cache), key=rest, used=used)
         x_out, layers, kept = self.stack(x_BLD, context, gates, None if cache is None else cache.layers)
         out = {**self.read_out(x_out), "embedded": x_BLD, "layers": layers}
         if cache is not None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from hyperjax.transformer.checks import check_gates, check_stacked
 from hyperjax.transformer.config import Config
 from hyperjax.transformer.gates import Chosen, Gates
-from hyperjax.transformer.layers import Attention, FeedForward
+from hyperjax.transformer.layers import Attention, FeedForward, Rotary
 
 Array = jax.Array
 Decide = Callable[[int, Array], Gates | None]  # number of a layer and the state before it [B, L, D] -> its gates
@@ -25,6 +25,12 @@ class LayerCache(NamedTuple):
     keys: Array
     values: Array
     present: Array
+
+    def resized(self, positions: int, heads: int) -> "LayerCache":
+        """With room for so many positions, at least those that it has, and of the first heads alone."""
+        more = [(0, 0), (0, positions - self.keys.shape[1])]
+        keys, values = (jnp.pad(held[:, :, :heads], [*more, (0, 0), (0, 0)]) for held in (self.keys, self.values))
+        return LayerCache(keys, values, jnp.pad(self.present, more))
 
 
 class Cache(NamedTuple):
@@ -40,19 +46,24 @@ class Cache(NamedTuple):
     used: Array
     memory: Any = None
 
+    @property
+    def size(self) -> int | None:
+        """Positions that it can hold; None where no layer has attention."""
+        return next((held.present.shape[1] for held in self.layers if held is not None), None)
+
 
 class Context(NamedTuple):
     """What all layers of one call share.
 
     Attributes:
-        positions: [B, L], numbers of the positions.
+        rotary: angles of the positions; None of learned ones.
         mask: [B, L], False for padding; None without any.
         memory: keys and values of an encoder's output for each layer, and its mask [B, S]; None without an encoder.
         key: PRNG key of dropout; None drops nothing.
         used: number of positions in the cache; None without a cache.
     """
 
-    positions: Array
+    rotary: Rotary | None
     mask: Array | None = None
     memory: Any = None
     key: Array | None = None
@@ -133,7 +144,8 @@ class Stack(nn.Module):
         inner = Gates(chosen(gates.heads), chosen(gates.blocks), chosen(gates.cross), gates.layer)
         mask = None if context.mask is None else take(context.mask)
         taken = take(x_BLD)
-        context = context._replace(positions=take(context.positions), mask=mask)
+        rotary = context.rotary and Rotary(*(take(jnp.broadcast_to(a, (batch, *a.shape[1:]))) for a in context.rotary))
+        context = context._replace(rotary=rotary, mask=mask)
         new, info, _ = self._layer(number, taken, context, inner, None)
         update = weight[..., None].astype(x_BLD.dtype) * (new - taken)
         rows = jnp.arange(index.shape[0])[:, None]
@@ -181,15 +193,14 @@ class Stack(nn.Module):
     def _attend(
         self, attention: Any, h_BLD: Array, context: Context, gates: Gates, cache: LayerCache | None
     ) -> tuple[Array, LayerCache | None]:
-        positions = context.positions if self.config.positions == "rotary" else None
-        keys, values = attention.keys_values(h_BLD, positions)
+        keys, values = attention.keys_values(h_BLD, context.rotary)
         here = context.mask
         if gates.tokens is not None:
             takes_part = gates.tokens != 0
             here = takes_part if here is None else here & takes_part
         if cache is None:
             mask = None if here is None else here[:, None, None, :]
-            return attention(h_BLD, (keys, values), positions, mask, gates.heads), None
+            return attention(h_BLD, (keys, values), context.rotary, mask, gates.heads), None
         at, length = context.used, h_BLD.shape[1]
         if at is None:
             raise ValueError("a cache is given and context.used is None, expected the number of positions in it")
@@ -200,7 +211,7 @@ class Stack(nn.Module):
         )
         before = jnp.arange(cache.present.shape[1])[None] <= at + jnp.arange(length)[:, None]
         mask = cache.present[:, None, None, :] & before[None, None]
-        out = attention(h_BLD, (cache.keys, cache.values), positions, mask, gates.heads, ordered=False)
+        out = attention(h_BLD, (cache.keys, cache.values), context.rotary, mask, gates.heads, ordered=False)
         return out, cache
 
 
