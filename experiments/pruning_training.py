@@ -91,11 +91,13 @@ def served_share(
 ) -> jax.Array:
     """The batch's share of the dense network's operations as an evaluation counts it, routers and lengths included.
 
-    Its gradient is that of `out["share"]`, the probabilities to be open.
+    Its gradient is that of the probabilities to be open.
     """
-    weights = pruning_report.total(dense, Gates(), batch["mask"], task.causal)
-    share = (jnp.broadcast_to(out["share"], weights.shape) * weights).sum() / weights.sum()
-    return share if model.__class__ is pruning_methods.Plain else share + router_share(params, dense, task, name)
+    if name not in STEERED:
+        return jnp.mean(out["share"])
+    whole = pruning_report.total(dense, Gates(), batch["mask"], task.causal)
+    left = pruning_report.total(dense, out["opened"], batch["mask"], task.causal, name == "token")
+    return left.sum() / whole.sum() + router_share(params, dense, task, name)
 
 
 def train(

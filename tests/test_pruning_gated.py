@@ -143,7 +143,8 @@ def test_keys_and_temperature():
 
 @pytest.mark.parametrize("kind", ["static", "sequence", "token", "buckets"])
 def test_settled_gates_are_those_that_are_served(kind):
-    config = Config(**{**vars(C), "dropout": 0.3})
+    dropout = 0.3 * (kind == "static")  # other routers look at states, which dropout changes
+    config = Config(**{**vars(C), "dropout": dropout})
     if kind == "buckets":
         model = Buckets(config, prompt=P, after=0, blocks=4, shares=(0.25, 0.5, 1.0))
     else:
@@ -158,7 +159,7 @@ def test_settled_gates_are_those_that_are_served(kind):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), settled["gates"], served["gates"])
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), drawn["gates"], served["gates"])
     assert max(jax.tree.leaves(moved)) > 0.1
-    assert np.abs(settled["logits"] - served["logits"]).max() > 0.01  # dropout goes on
+    assert (np.abs(settled["logits"] - served["logits"]).max() > 0.01) == (dropout > 0)  # which goes on
     without = model.apply(variables, TEXT, KEY)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), drawn["gates"], without["gates"])
 

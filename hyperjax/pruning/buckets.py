@@ -98,8 +98,9 @@ class Buckets(nn.Module):
                 of training.
 
         Returns:
-            What the Transformer returns; `gates`, of all layers; `bucket` [B, J], one-hot; `share` [B] of the
-            operations of the likeliest bucket, with the gradient of the probabilities; `losses`: empty.
+            What the Transformer returns; `gates`, of all layers; `opened`, those of the likeliest bucket, with the
+            gradient of the probabilities; `bucket` [B, J], one-hot; `share` [B] of the operations that the likeliest
+            bucket leaves, with the same gradient; `losses`: empty.
         """
         first, rest = (None, None) if key is None else tuple(jax.random.split(key))
         found: dict[str, Any] = {}
@@ -116,13 +117,16 @@ class Buckets(nn.Module):
 
         options = mask_options(mask, self.causal)
         out = self.model(tokens, gates=decide, key=rest, **options)
-        opened = jax.tree.map(lambda gate: jnp.ones_like(gate), found["gates"])
-        each = [opened] * self.after + [found["gates"]] * (self.config.layers - self.after)
-        gates = jax.tree.map(lambda *g: jnp.stack(g), *each)
-        share_J = jnp.asarray(self.costs(tokens.shape[1]))
-        counted = (estimators.top_k_mask(found["logits"], 1) * share_J[None]).sum(-1)
-        counted = jnp.broadcast_to(counted, tokens.shape[:1])
-        return {**out, "gates": gates, "bucket": found["bucket"], "share": counted, "losses": {}}
+        likeliest_BJ = jnp.broadcast_to(estimators.top_k_mask(found["logits"], 1), found["bucket"].shape)
+        opened = self._of_all(self.gates(likeliest_BJ, tokens.shape[1]))
+        return {
+            **out,
+            "gates": self._of_all(found["gates"]),
+            "opened": opened,
+            "bucket": found["bucket"],
+            "share": (likeliest_BJ * jnp.asarray(self.costs(tokens.shape[1]))[None]).sum(-1),
+            "losses": {},
+        }
 
     def decide(self, x_BLD: Array, mask: Array | None = None, key: Array | None = None) -> Array:
         """Logits of the buckets, [B, J], or [1, J] for a batch, from the state before layer number `after`."""
@@ -156,6 +160,14 @@ class Buckets(nn.Module):
                 saved += (1 - blocks / self.blocks) * whole.units[l] * whole.unit[l]
             found.append(1 - later * saved / whole.total)
         return np.asarray(found, np.float32)
+
+    def _of_all(self, gates: Gates) -> Gates:
+        """Gates of all layers, of those of a layer behind the first ones, which are whole."""
+
+        def stacked(gate: Array) -> Array:
+            return jnp.stack([jnp.ones_like(gate)] * self.after + [gate] * (self.config.layers - self.after))
+
+        return jax.tree.map(stacked, gates)
 
     def _draw(self, logits: Array, key: Array | None, temperature: Any, settled: Any) -> Array:
         likeliest = estimators.top_k_mask(logits, 1)

@@ -106,9 +106,9 @@ class Gated(nn.Module):
                 of training, so that the network learns to do without noise what it will do.
 
         Returns:
-            What the Transformer returns; `gates`, of all layers; `share` of the operations that open gates leave,
-            scalar or [B], as it is served, with the gradient of the probabilities to be open: steer it by
-            `hyperjax.budget.lagrangian`; `losses`: empty.
+            What the Transformer returns; `gates`, of all layers; `opened`, the same 0 or 1 as they are served, with the
+            gradient of the probabilities to be open; `share` of the operations that those leave, scalar or [B]: steer
+            it by `hyperjax.budget.lagrangian`; `losses`: empty.
         """
         gate_key, drop_key = (None, None) if key is None else tuple(jax.random.split(key))
         decided: dict[int, tuple[Gates, Gates]] = {}
@@ -137,7 +137,7 @@ class Gated(nn.Module):
         gates, opened = (jax.tree.map(lambda *each: jnp.stack(each), *(d[i] for d in decided.values())) for i in (0, 1))
         whole = costs(self.config, tokens.shape[1], causal=self.causal)
         counted = share(whole, opened, mask, all_keys=self.per == "token")
-        return {**out, "gates": gates, "share": counted, "losses": {}}
+        return {**out, "gates": gates, "opened": opened, "share": counted, "losses": {}}
 
     def decide_one(self, number: int, x_BLD: Array) -> Array:
         """What each position's updates in a layer are multiplied by, [B, L]; of gates of layers per token."""
