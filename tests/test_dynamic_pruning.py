@@ -187,7 +187,7 @@ def test_a_teacher_changes_what_is_learned(finished, tmp_path):
 
 
 def test_penalties_weigh_what_is_open():
-    config = script.Config(layers=2, width=16, ffn=32, blocks=4, length=24, prompt=8, batch=4, steps=10)
+    config = script.Config(layers=2, width=16, ffn=32, blocks=4, length=24, prompt=8, batch=4, steps=30)
     task = script.load(config, 0)
     model, batch = methods.build("static", learning.sizes(config, task), task, 0.85, 0, 4), task.batch_at(0)
     shapes = jax.eval_shape(lambda key: model.init(key, batch["tokens"]), jax.random.key(0))["params"]
@@ -240,7 +240,7 @@ def test_a_method_that_only_masks_needs_no_picture_of_time(tmp_path):
 
 def test_presets():
     quick, passages, cpu = script.defaults(), script.defaults("quick", "topic"), script.defaults("cpu")
-    assert (quick.data, quick.seeds, quick.layers, quick.budgets) == ("pydoc", 1, 3, (0.6,))
+    assert (quick.data, quick.seeds, quick.layers, quick.budgets) == ("pydoc", 1, 2, (0.6,))
     assert "expert_choice" in passages.methods
     assert (cpu.data, cpu.seeds, cpu.width) == ("ptb", 3, 96)
     for config in (quick, passages, cpu, script.defaults("cpu", "corpus")):
