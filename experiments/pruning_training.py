@@ -19,7 +19,7 @@ from hyperjax import estimators, pruning, training
 from hyperjax.transformer import Config as Sizes
 from hyperjax.transformer import Gates
 
-NEAR = 0.01  # distance from the budget, as a share of it, at which static gates settle
+NEAR = 0.015  # distance from the budget, as a share of it, at which static gates settle
 
 
 def sizes(config: Any, task: Task) -> Sizes:
@@ -40,7 +40,7 @@ def make_loss(config: Any, name: str, model: Any, task: Task, budget: float) -> 
     """The task's loss, the routers', what leads to the budget, and the distance from a teacher.
 
     In the last steps, a share `config.settle` of them, gates are those that are served: the network learns what it will
-    be without noise. Static ones stay as they are then, as soon as they are near the budget.
+    be without noise. Static heads stay as they are then, and blocks, which are smaller, once they are near the budget.
     """
     cool = temperature(config.steps)
     dense = sizes(config, task)
@@ -52,7 +52,8 @@ def make_loss(config: Any, name: str, model: Any, task: Task, budget: float) -> 
         network = params["network"]
         if name == "static":
             near = jnp.abs(static_share(model, network, dense, task) - budget) < NEAR * budget
-            network = held(network, settled & (near | (config.penalty != "lagrangian")))
+            there = near | (config.penalty != "lagrangian")
+            network = held(held(network, "routers_heads", settled), "routers_blocks", settled & there)
         out = model.apply({"params": network}, batch["tokens"], key, temperature=cool(step), settled=settled, **options)
         loss = task.loss(out["logits"], batch)
         share = served_share(name, model, out, params["network"], batch, task, dense)
@@ -78,12 +79,10 @@ def static_share(model: Any, network: Any, dense: Sizes, task: Task) -> jax.Arra
     return pruning.share(pruning.costs(dense, task.usual_length, causal=task.causal), opened)
 
 
-def held(network: Any, hold: Any) -> Any:
-    """The parameters, of which static gates get no gradient where `hold` is True."""
-    still = {n: jax.tree.map(jax.lax.stop_gradient, part) for n, part in network.items() if n.startswith("routers")}
-    return network | {
-        n: jax.tree.map(lambda a, b: jnp.where(hold, a, b), part, network[n]) for n, part in still.items()
-    }
+def held(network: Any, name: str, hold: Any) -> Any:
+    """The parameters, of which the static gates of that name get no gradient where `hold` is True."""
+    still = jax.tree.map(lambda leaf: jnp.where(hold, jax.lax.stop_gradient(leaf), leaf), network[name])
+    return network | {name: still}
 
 
 def served_share(

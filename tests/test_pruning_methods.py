@@ -244,7 +244,8 @@ def test_static_gates_move_until_they_are_near_the_budget():
         (share * 0.97, 9, True),
     ):
         found = slopes(budget, step)["network"]
-        assert np.any(found["routers_heads"]["logits"]) == np.any(found["routers_blocks"]["logits"]) == moves
+        assert np.any(found["routers_blocks"]["logits"]) == moves
+        assert np.any(found["routers_heads"]["logits"]) == (step < 5)
         assert np.any(found["model"]["output"]["kernel"])
 
 
