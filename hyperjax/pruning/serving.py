@@ -27,8 +27,9 @@ class BucketServer:
     beside the whole network that decides.
 
     It pays for one decision a call. Measured on two CPU cores (width 256, 128 positions, the bucket of a half): an
-    encoder is 1.6 times as fast as dense at batch 1 and 1.8 at 32; a decoder, whose prompt of 32 is computed whole, 1.5
-    at batch 32, but at batch 1 no faster than dense. Under `vmap` a switch becomes a selection that runs every branch:
+    encoder is 1.2 times as fast as dense at batch 1 and 1.7 at 8 and 32; a decoder, whose prompt of 32 is computed
+    whole, 1.3 at batch 8 and 32, but **slower than dense** at batch 1, where two passes cost more than the width saves
+    (at 512 positions 1.4 at batch 1). Under `vmap` a switch becomes a selection that runs every branch:
     give sequences that decide for themselves one by one (`each` does, by `lax.map`), or sort them by bucket.
 
     Attributes:
@@ -153,7 +154,7 @@ def skip_decode(
 ) -> tuple[Array, Cache, Array]:
     """One step of decoding one sequence, in which `lax.cond` skips the layers that its token does not take.
 
-    Equal to the parallel pass of the same model without a key. It pays at batch 1 only (2.2 times as fast as dense
+    Equal to the parallel pass of the same model without a key. It pays at batch 1 only (2.0 times as fast as dense
     decoding on two CPU cores, where half of the layers are skipped): for a batch, a layer could be
     skipped only where all its sequences skip it, and under `vmap` all of it is computed.
 
