@@ -30,7 +30,7 @@ class Experts(nn.Module):
     Two ways to run it. `capacity=None` computes all blocks and multiplies by gates: exact and causal, no faster than
     the plain network; to evaluate. With a capacity, each block gathers the tokens that chose it, capacity * k T / N at
     most, earlier positions first; the rest is dropped. It pays in training (a quarter or half of the blocks, capacity
-    1.25, on two CPU cores: a step takes 0.68 or 0.80 of a dense one) and little in serving (1.3 or 1.1 times as fast at
+    1.25, on two CPU cores: a step takes 0.69 or 0.81 of a dense one) and little in serving (1.3 or 1.2 times as fast at
     4,096 positions). At 128 positions it is **slower than dense**, and so it is with capacity 2 and half the blocks,
     where all places are computed. Where one token is decoded at a time, use a plain network.
 

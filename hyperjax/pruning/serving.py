@@ -27,9 +27,9 @@ class BucketServer:
     beside the whole network that decides.
 
     It pays for one decision a call. Measured on two CPU cores (width 256, 128 positions, the bucket of a half): an
-    encoder is 1.2 times as fast as dense at batch 1 and 1.7 at 8 and 32; a decoder, whose prompt of 32 is computed
-    whole, 1.3 at batch 8 and 32, but **slower than dense** at batch 1, where two passes cost more than the width saves
-    (at 512 positions 1.4 at batch 1). Under `vmap` a switch becomes a selection that runs every branch:
+    encoder is 1.3 times as fast as dense at batch 1 and 1.4 to 1.7 at 8 and 32; a decoder, whose prompt of 32 is
+    computed whole, 1.4 at batch 8 and 1.7 at 32, but **slower than dense** at batch 1, where two passes cost more than
+    the width saves (at 512 positions 1.4 at batch 1). Under `vmap` a switch becomes a selection that runs every branch:
     give sequences that decide for themselves one by one (`each` does, by `lax.map`), or sort them by bucket.
 
     Attributes:
