@@ -9,11 +9,11 @@ small = compact(model, variables)  # faster: small.model.apply(small.variables, 
 """
 
 from hyperjax.budget import Multipliers, ascend, lagrangian
+from hyperjax.distillation import distillation
 from hyperjax.pruning.buckets import Buckets
 from hyperjax.pruning.choices import Choice, GumbelSigmoid, HardConcrete, Threshold, TopK
 from hyperjax.pruning.compact import Compacted, compact, cut
 from hyperjax.pruning.depths import MixtureOfDepths
-from hyperjax.pruning.distill import distillation
 from hyperjax.pruning.experts import Experts
 from hyperjax.pruning.flops import Costs, costs, share
 from hyperjax.pruning.gated import Gated

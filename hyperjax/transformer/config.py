@@ -119,6 +119,11 @@ class Config:
                     f"{kind}_map is {numbers!r}, expected a tuple of a whole number from 0 for each of {self.layers} "
                     "layers"
                 )
+            if max(numbers) >= self.layers:
+                raise ValueError(
+                    f"{kind}_map points to layer {max(numbers)}, expected 0 to {self.layers - 1}: there are "
+                    f"{self.layers} layers"
+                )
             first: dict[int, object] = {}
             for number, size in zip(numbers, by_layer, strict=True):
                 if first.setdefault(number, size) != size:

@@ -1,0 +1,131 @@
+"""Training a network of share_layers.py, from scratch or away from a teacher, and going on after a stop."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from pruning_tasks import Characters
+from sharing_rows import logits_of
+
+from hyperjax import sharing, training
+from hyperjax.distillation import distillation
+from hyperjax.sharing import Maps
+from hyperjax.training.state import LossFn
+
+Array = jax.Array
+SIZE = 32  # windows evaluated together
+
+
+def make_optimizer(config: Any, rate: float, steps: int, falls: bool = True) -> optax.GradientTransformation:
+    """AdamW after a warm-up of a twentieth; the rate then falls to a twentieth along a cosine, or stays."""
+    warm, last = max(1, steps // 20), rate / 20 if falls else rate
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warm, max(steps, warm + 1), last)
+    return optax.chain(optax.clip_by_global_norm(config.clip), optax.adamw(schedule, weight_decay=config.weight_decay))
+
+
+def make_loss(net: Any, task: Characters, config: Any, steps: int, teacher: Any, softly: Maps | None) -> LossFn:
+    """Nats of a character; the divergence from a teacher, whose parameters the carry holds; a soft tie that grows."""
+
+    def loss_fn(params: Any, carry: Any, batch: Any, key: Array) -> Any:
+        logits = logits_of(net, params, batch["tokens"])
+        loss = task.loss(logits, batch)
+        metrics = {"task_loss": loss, "train_bpc": task.figures(logits, batch).mean()}
+        if teacher is not None:
+            taught = logits_of(teacher, carry["teacher"], batch["tokens"])
+            loss += config.distill * distillation(logits, taught).mean()
+        if softly is not None:
+            metrics["apart"] = sharing.soft_tie(params, softly)
+            loss += config.soft_weight * carry["step"] / steps * metrics["apart"]
+        return loss, ({**carry, "step": carry["step"] + 1}, metrics)
+
+    return loss_fn
+
+
+def make_evaluate(net: Any, task: Characters) -> Callable[[Any, str], float]:
+    """(params, split) -> bits per character."""
+    figures = jax.jit(lambda params, batch: task.figures(logits_of(net, params, batch["tokens"]), batch))
+
+    def evaluate(params: Any, split: str) -> float:
+        found = [np.asarray(figures(params, batch))[:count] for batch, count in task.batches(split, SIZE)]
+        return float(np.concatenate(found).mean())
+
+    return evaluate
+
+
+def train(
+    config: Any,
+    net: Any,
+    task: Characters,
+    folder: Path,
+    seed: int,
+    started: float,
+    *,
+    steps: int,
+    rate: float,
+    start: Any = None,
+    teacher: tuple[Any, Any] | None = None,
+    softly: Maps | None = None,
+) -> Any:
+    """Trains a network for a number of steps, or goes on, or restores it, and returns its parameters.
+
+    Args:
+        start: parameters to begin with; None draws them.
+        teacher: network and parameters whose answers are learned too.
+        softly: maps whose layers are drawn together.
+    """
+    optimizer = make_optimizer(config, rate, steps, softly is None)
+    init_key, train_key = jax.random.split(jax.random.key(seed))
+    example, evaluate = task.batch_at(0), make_evaluate(net, task)
+    loss_fn = make_loss(net, task, config, steps, None if teacher is None else teacher[0], softly)
+
+    def create(key: Array) -> training.TrainState:
+        params = net.init(key, example["tokens"])["params"] if start is None else start
+        carry = {"step": jnp.zeros((), jnp.int32), **({} if teacher is None else {"teacher": teacher[1]})}
+        return training.TrainState.create(params, optimizer, carry)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints: training.Checkpoints[training.TrainState] = training.Checkpoints(folder / "checkpoints", 1)
+    mark = {"fingerprint": task.fingerprint}
+    with training.bad_input(__file__):  # nothing is compiled in here
+        if (checkpoints.meta() or mark)["fingerprint"] != mark["fingerprint"]:
+            raise ValueError(f"the data {task.name} has changed since {folder} began; choose another --workdir")
+        restored = checkpoints.restore(jax.eval_shape(create, init_key))
+        resumed = restored[1] if restored else {}
+        files = [training.JsonLines(folder / f"{n}.jsonl", resumed.get("step", 0)) for n in ("metrics", "timings")]
+    state = restored[0] if restored else jax.jit(create)(init_key)
+    with checkpoints, files[0], files[1]:
+        if restored:
+            print(f"{folder.name}: after step {int(state.step):,} of {steps:,}")
+        if int(state.step) < steps:
+            state = training.fit(
+                state,
+                training.make_step(loss_fn, optimizer),
+                task.batch_at,
+                train_key,
+                checkpoints=checkpoints,
+                metrics=files[0],
+                timings=files[1],
+                steps=steps,
+                log_every=config.log_every,
+                eval_every=config.eval_every,
+                save_minutes=config.save_minutes,
+                validate=lambda state: {"valid_bpc": evaluate(state.params, "valid")},
+                best="valid_bpc",
+                items=config.batch * config.length,
+                meta=mark,
+                resumed={**resumed, "seconds": 0.0},  # `started` is moved by them
+                started=started,
+            )
+    options = {"train": "train_bpc", "valid": "valid_bpc", "label": "bits per character"}
+    training.plot_curves(files[0].path, folder / "curves.png", title=f"{folder.name} on {task.name}", **options)
+    return state.params
+
+
+def earlier(folder: Path) -> float:
+    """Seconds that earlier processes of a run took, up to their last checkpoint."""
+    kept = [training.Checkpoints(path).meta() for path in folder.glob("*/checkpoints")]
+    return max([meta["seconds"] for meta in kept if meta], default=0.0)
