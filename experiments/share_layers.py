@@ -5,11 +5,11 @@
 
 Rows from scratch: `unshared`; `shallow`, as many layers as there are sets of weights, and `wide`, the same at the
 unshared network's operations; `groups`, `cycle`, `cycle_reverse`, `middle_cycle` and `random` maps of `--sets` sets;
-`all`, `attention`, `ffn`: one set of these; `mixture`, sets mixed by input. Rows `to_X` begin as the unshared network
-after `--steps` steps, and are trained for `--extra` more, with its answers: `to_unshared` unchanged; `to_shallow` with
-layers dropped; by a map, that is given, or found by a search (`cka`, `weights`, `aligned`, `loss`, `greedy`), drawn
-together by a soft tie first; `lora` and `scale`, the map of `loss` with a map for each layer. Sharing saves parameters,
-not operations. The same command again goes on where it stopped.
+`all`, `attention`, `ffn`: one set of these; `mixture`, sets mixed by input; `replanned`, a map chosen anew in training.
+Rows `to_X` begin as the unshared network after `--steps` steps, and are trained for `--extra` more, with its answers:
+`to_unshared` unchanged; `to_shallow` with layers dropped; by a map, that is given, or found by a search (`cka`,
+`weights`, `aligned`, `loss`, `greedy`), drawn together by a soft tie first; `lora` and `scale`, the map of `loss` with
+one more map for each layer. Sharing saves parameters, not operations. The same command again goes on where it stopped.
 """
 
 import dataclasses
@@ -56,10 +56,11 @@ class Config:
         "to_loss",
         "to_random",
     )  # what to compare
-    sets: int = 3  # of layers' weights
+    sets: int = 2  # of layers' weights
+    budget: float | None = None  # share of the unshared parameters; gives the most --sets that keep to it
     seeds: int = 1  # runs of each; random maps differ too
     seed: int = 0  # of the first run; the others follow
-    layers: int = 6  # of the unshared network
+    layers: int = 4  # of the unshared network
     width: int = 64  # of its state
     heads: int = 4  # of each layer
     ffn: int = 256  # hidden units of each layer
@@ -77,6 +78,7 @@ class Config:
     distill: float = 1.0  # weight of the divergence from the teacher
     soft: float = 0.3  # share of the extra steps in which layers are only drawn together
     soft_weight: float = 3.0  # of that, at its end
+    replan_every: int = 250  # steps after which `replanned` chooses a new map
     log_every: int = 20  # steps between two lines of metrics
     eval_every: int = 100  # steps between two validations
     eval_windows: int = 256  # windows of a split to evaluate, at most
@@ -92,7 +94,7 @@ def defaults(preset: str = "quick", data: str | None = None) -> Config:
     fields: dict[str, Any] = {}
     if preset == "cpu":
         fields = {"rows": tuple(row for row in ROWS if row != "to_scale"), "seeds": 3, "length": 128, "prompt": 32}
-        fields |= {"batch": 8, "steps": 1000, "extra": 500, "log_every": 50, "eval_every": 500}
+        fields |= {"layers": 6, "sets": 3, "batch": 8, "steps": 1000, "extra": 500, "log_every": 50, "eval_every": 500}
         fields |= {"eval_windows": 500, "repeats": 10}
     return Config(preset, data, **fields)
 
@@ -104,9 +106,23 @@ def check(config: Config) -> None:
     _expect(len(set(config.rows)) == len(config.rows), "rows", config.rows, "each once")
     teacher = config.rows[0] == "unshared" or not any(name.startswith("to_") for name in config.rows)
     _expect(teacher, "rows", config.rows, "unshared first, the teacher of the rows to_X")
-    counts = ("sets", "seeds", "layers", "width", "heads", "ffn", "length", "batch", "steps", "extra", "rank")
+    counts = (
+        "sets",
+        "seeds",
+        "layers",
+        "width",
+        "heads",
+        "ffn",
+        "length",
+        "batch",
+        "steps",
+        "extra",
+        "rank",
+        "replan_every",
+    )
     for name in (*counts, "log_every", "eval_every", "eval_windows", "repeats"):
         _expect(getattr(config, name) >= 1, name, getattr(config, name), "1 or more")
+    _expect(config.budget is None or 0 < config.budget <= 1, "budget", config.budget, "a share in (0, 1]")
     _expect(config.sets <= config.layers, "sets", config.sets, f"at most --layers, {config.layers}")
     for name in ("learning_rate", "extra_rate", "clip", "save_minutes"):
         _expect(0 < getattr(config, name) < math.inf, name, getattr(config, name), "a positive number")
@@ -124,6 +140,23 @@ def check(config: Config) -> None:
         kind = name.removeprefix("to_")
         if kind in sharing_rows.MAPS:
             sharing_rows.maps_of(kind, config.layers, config.sets, config.seed)
+
+
+def within_budget(config: Config) -> Config:
+    """The config with as many sets as its budget allows."""
+    if config.budget is None:
+        return config
+    task: Any = load(config, config.seed)
+    whole, example = sizes(config, task), task.batch_at(0)["tokens"]
+
+    def count(sets: int) -> int:
+        maps = sharing.Maps.same(sharing.groups(config.layers, sets))
+        return unique(sharing_rows.Decoder(maps.on(whole)), example)
+
+    budget = round(config.budget * count(config.layers))
+    config = dataclasses.replace(config, sets=sharing.most_sets(count, config.layers, budget))
+    check(config)
+    return config
 
 
 def sizes(config: Config, task: Characters) -> Sizes:
@@ -158,7 +191,8 @@ def run(config: Config, tasks: Sequence[Characters], workdir: training.Workdir, 
                 row = converted(name, config, whole, seed, task, teachers[number], example)
             else:
                 row = scratch(name, config, whole, seed)
-            params = trained(config, row, task, workdir, seed, started, None if not teachers else teachers[-1])
+            teacher = teachers[-1] if len(teachers) > number else None
+            row, params = trained(config, row, task, workdir, seed, started, teacher)
             if name == "unshared":
                 teachers.append(jax.tree.map(np.asarray, params))
             quality = evaluate(row, task, params)
@@ -175,19 +209,33 @@ def run(config: Config, tasks: Sequence[Characters], workdir: training.Workdir, 
 
 def trained(
     config: Config, row: Row, task: Characters, workdir: training.Workdir, seed: int, started: float, teacher: Any
-) -> Any:
-    """The parameters of a row after its training: one stage, or two of which the first draws layers together."""
-    folder = workdir.path / f"{row.name}-seed{seed}"
+) -> tuple[Row, Any]:
+    """A row after its training, and its parameters: in one stage, or in several whose networks differ."""
+    name = f"{row.name}{{}}-seed{seed}"
     go = partial(train, config, task=task, seed=seed, started=started)
+    if row.replans:
+        options: dict[str, Any] = {"rate": config.learning_rate, "within": config.steps}
+        start, opt_state = None, None
+        for at in range(0, config.steps, config.replan_every):
+            folder, steps = workdir.path / name.format(f"-{at}"), min(config.replan_every, config.steps - at)
+            state = go(row.net, folder=folder, steps=steps, after=at, start=start, opt_state=opt_state, **options)
+            if at + steps < config.steps:
+                row, start, opt_state = sharing_rows.replanned(row, config, task, state.params, state.opt_state)
+        return row, state.params
     if row.transfer is None:
-        return go(row.net, folder=folder, steps=config.steps, rate=config.learning_rate)
+        return row, go(
+            row.net, folder=workdir.path / name.format(""), steps=config.steps, rate=config.learning_rate
+        ).params
     plain = sharing_rows.Decoder(sizes(config, task))
-    extra: dict[str, Any] = {"rate": config.extra_rate, "teacher": (plain, teacher)}
+    options = {"rate": config.extra_rate, "teacher": (plain, teacher)}
     start, soft = teacher, 0 if row.softly is None else round(config.soft * config.extra)
     if soft:
-        first = workdir.path / f"{row.name}-soft-seed{seed}"
-        start = go(plain, folder=first, steps=soft, start=teacher, softly=row.softly, **extra)
-    return go(row.net, folder=folder, steps=config.extra - soft, start=row.transfer(start), **extra)
+        folder = workdir.path / name.format("-soft")
+        start = go(
+            plain, folder=folder, steps=soft, after=config.steps, start=start, softly=row.softly, **options
+        ).params
+    rest = {"steps": config.extra - soft, "after": config.steps + soft, "start": row.transfer(start)}
+    return row, go(row.net, folder=workdir.path / name.format(""), **rest, **options).params
 
 
 def evaluate(row: Row, task: Characters, params: Any) -> float:
@@ -260,6 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         training.bad_input(sharing_rows.__file__),
     ):
         check(config)
+        config = within_budget(config)
         workdir = training.Workdir(config.workdir or f"runs/share_layers-{config.preset}-{config.data}", config, FREE)
         if workdir.summary is None:
             tasks: list[Any] = [load(config, config.seed + number) for number in range(config.seeds)]

@@ -21,7 +21,7 @@ Array = jax.Array
 PLAIN = ("unshared", "shallow", "wide")
 MAPS = ("groups", "cycle", "cycle_reverse", "middle_cycle", "random", "all", "attention", "ffn")
 SEARCHED = ("cka", "weights", "aligned", "loss", "greedy")
-SCRATCH = (*PLAIN, *MAPS, "mixture")
+SCRATCH = (*PLAIN, *MAPS, "mixture", "replanned")
 CONVERTED = tuple(
     f"to_{name}" for name in ("unshared", "shallow", "groups", "cycle", "random", *SEARCHED, "lora", "scale")
 )
@@ -38,6 +38,7 @@ class Row(NamedTuple):
         layer_map: which layers share, of the map that is not private; None of networks without any.
         transfer: from the teacher's parameters to its first ones; None of a network from scratch.
         softly: maps that the teacher is drawn to first, by a soft tie; None: by none.
+        replans: whether its map is chosen anew in training.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Row(NamedTuple):
     layer_map: tuple[int, ...] | None = None
     transfer: Callable[[Any], Any] | None = None
     softly: Maps | None = None
+    replans: bool = False
 
 
 def scratch(name: str, config: Any, sizes: Config, seed: int) -> Row:
@@ -59,6 +61,8 @@ def scratch(name: str, config: Any, sizes: Config, seed: int) -> Row:
         return Row(name, Decoder(small), small)
     if name == "mixture":
         return Row(name, Mixture(sizes, bases=sets, prompt=config.prompt), sizes)
+    if name == "replanned":
+        return tied_row(name, sizes, sharing.groups(layers, sets), config)
     maps = maps_of(name, layers, sets, seed)
     shared = maps.on(sizes)
     return Row(name, Decoder(shared), shared, maps.ffn or maps.attention)
@@ -86,6 +90,21 @@ def converted(name: str, config: Any, sizes: Config, seed: int, task: Characters
         return sharing.convert(model, params, maps, example, transfer=config.transfer, through=through)[1]
 
     return Row(name, tied, sizes, layer_map, transfer, None if through else maps)
+
+
+def tied_row(name: str, sizes: Config, layer_map: tuple[int, ...], config: Any) -> Row:
+    """A network whose map changes in training."""
+    example = jnp.zeros((config.batch, config.length), jnp.int32)
+    tied = sharing.tie(Decoder(sizes), sharing.layer_ties(Maps.same(layer_map)), example)
+    return Row(name, tied, sizes, layer_map, replans=True)
+
+
+def replanned(row: Row, config: Any, task: Characters, params: Any, opt_state: Any) -> tuple[Row, Any, Any]:
+    """The row with the map that the features of its layers ask for now, and its parameters and optimiser under it."""
+    whole, tokens = row.net.untie({"params": params})["params"], task.batch_at(10**6)["tokens"]
+    cost = search.medoid(1 - cka_of(row.net.module, whole, tokens))
+    new = tied_row(row.name, row.sized, search.contiguous(cost, row.sized.layers, config.sets), config)
+    return new, *sharing.replan(row.net, new.net, params, opt_state)
 
 
 def maps_of(name: str, layers: int, sets: int, seed: int) -> Maps:

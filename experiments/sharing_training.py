@@ -67,17 +67,25 @@ def train(
     steps: int,
     rate: float,
     start: Any = None,
+    opt_state: Any = None,
+    after: int = 0,
+    within: int | None = None,
     teacher: tuple[Any, Any] | None = None,
     softly: Maps | None = None,
-) -> Any:
-    """Trains a network for a number of steps, or goes on, or restores it, and returns its parameters.
+) -> training.TrainState:
+    """Trains a network for a number of steps, or goes on, or restores it, and returns its last state.
 
     Args:
+        steps: how many.
+        rate: the highest learning rate.
         start: parameters to begin with; None draws them.
+        opt_state: the optimiser's state to begin with; None is a new one.
+        after: number of steps whose batches were seen before.
+        within: number of steps that the learning rate is planned for; None is `steps`.
         teacher: network and parameters whose answers are learned too.
         softly: maps whose layers are drawn together.
     """
-    optimizer = make_optimizer(config, rate, steps, softly is None)
+    optimizer = make_optimizer(config, rate, within or steps, softly is None)
     init_key, train_key = jax.random.split(jax.random.key(seed))
     example, evaluate = task.batch_at(0), make_evaluate(net, task)
     loss_fn = make_loss(net, task, config, steps, None if teacher is None else teacher[0], softly)
@@ -85,7 +93,8 @@ def train(
     def create(key: Array) -> training.TrainState:
         params = net.init(key, example["tokens"])["params"] if start is None else start
         carry = {"step": jnp.zeros((), jnp.int32), **({} if teacher is None else {"teacher": teacher[1]})}
-        return training.TrainState.create(params, optimizer, carry)
+        new = optimizer.init(params) if opt_state is None else opt_state
+        return training.TrainState(jnp.asarray(after, jnp.int32), params, new, carry)
 
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints: training.Checkpoints[training.TrainState] = training.Checkpoints(folder / "checkpoints", 1)
@@ -99,8 +108,8 @@ def train(
     state = restored[0] if restored else jax.jit(create)(init_key)
     with checkpoints, files[0], files[1]:
         if restored:
-            print(f"{folder.name}: after step {int(state.step):,} of {steps:,}")
-        if int(state.step) < steps:
+            print(f"{folder.name}: after step {int(state.step):,} of {after + steps:,}")
+        if int(state.step) < after + steps:
             state = training.fit(
                 state,
                 training.make_step(loss_fn, optimizer),
@@ -109,7 +118,7 @@ def train(
                 checkpoints=checkpoints,
                 metrics=files[0],
                 timings=files[1],
-                steps=steps,
+                steps=after + steps,
                 log_every=config.log_every,
                 eval_every=config.eval_every,
                 save_minutes=config.save_minutes,
@@ -122,7 +131,7 @@ def train(
             )
     options = {"train": "train_bpc", "valid": "valid_bpc", "label": "bits per character"}
     training.plot_curves(files[0].path, folder / "curves.png", title=f"{folder.name} on {task.name}", **options)
-    return state.params
+    return state
 
 
 def earlier(folder: Path) -> float:

@@ -30,7 +30,7 @@ from hyperjax.sharing.layer_ties import decoder_on_encoder, layer_ties, one_wide
 from hyperjax.sharing.links import Link, Tie
 from hyperjax.sharing.maps import ByEmbedding, LowRank, Scale
 from hyperjax.sharing.mixture import Mixture
-from hyperjax.sharing.search import contiguous, greedy, mean_pair, measured, medoid, residual
+from hyperjax.sharing.search import contiguous, greedy, mean_pair, measured, medoid, most_sets, residual
 from hyperjax.sharing.similarity import align, cka_matrix, layer_features, layers_of, linear_cka, weight_distances
 from hyperjax.sharing.tie import Tied, tie
 from hyperjax.sharing.tools import Memory, cosines, memory, use_gradients, xavier
@@ -69,6 +69,7 @@ __all__ = [
     "medoid",
     "memory",
     "middle_cycle",
+    "most_sets",
     "one_wide_ffn",
     "replan",
     "residual",

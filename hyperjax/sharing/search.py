@@ -117,6 +117,25 @@ def greedy(cost: Cost, layers: int, groups: int, private: Sequence[int] = (), ne
     return tuple(first[l] for l in range(layers))
 
 
+def most_sets(count: Callable[[int], int], layers: int, budget: int) -> int:
+    """The largest number of sets of weights with which a network keeps to a budget.
+
+    Args:
+        count: number of sets, 1 to L -> number of the network's unique parameters, rising.
+        layers: L.
+        budget: number of parameters.
+
+    Raises:
+        ValueError: the budget is below the smallest possible, one set.
+    """
+    fitting = [sets for sets in range(1, layers + 1) if count(sets) <= budget]
+    if not fitting:
+        raise ValueError(
+            f"the budget is {budget:,} parameters, below {count(1):,}, the smallest possible: one set of weights"
+        )
+    return max(fitting)
+
+
 def groups_of(layer_map: LayerMap) -> list[Group]:
     """The groups, each a tuple of layers."""
     return [tuple(l for l, number in enumerate(layer_map) if number == n) for n in dict.fromkeys(layer_map)]
