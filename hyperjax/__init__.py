@@ -1,14 +1,14 @@
 """hyperjax: networks whose parameters are produced by something else, in JAX.
 
 The wings: `hyperjax.hypernet` (hypernetworks for any target network), `hyperjax.recurrent` (HyperLSTM and its
-baselines), `hyperjax.routing` (multi-task networks that learn what to share) and `hyperjax.pruning` (Transformers, from
-`hyperjax.transformer`, that compute only what an input needs). Under them `hyperjax.estimators`
-(discrete choices with gradients) and `hyperjax.budget` (what a network costs, and how it is held to a budget). Beside
-them `hyperjax.data` (text, images, tables) and `hyperjax.training` (loop, checkpoints, workdirs), which the scripts in
-`experiments/` are made of.
+baselines), `hyperjax.routing` (multi-task networks that learn what to share), `hyperjax.pruning` (Transformers, from
+`hyperjax.transformer`, that compute only what an input needs) and `hyperjax.sharing` (one set of weights for many uses;
+layers that share). Under them `hyperjax.estimators` (discrete choices with gradients) and `hyperjax.budget` (what a
+network costs, and how it is held to a budget). Beside them `hyperjax.data` (text, images, tables) and
+`hyperjax.training` (loop, checkpoints, workdirs), which the scripts in `experiments/` are made of.
 """
 
-from hyperjax import budget, estimators, hypernet, initializers, pruning, recurrent, routing, transformer
+from hyperjax import budget, estimators, hypernet, initializers, pruning, recurrent, routing, sharing, transformer
 from hyperjax.hypernet import (
     MLP,
     Chunked,
@@ -57,5 +57,6 @@ __all__ = [
     "pruning",
     "recurrent",
     "routing",
+    "sharing",
     "transformer",
 ]

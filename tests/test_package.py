@@ -15,7 +15,7 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.S | re.M)
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(5))
 def test_the_readme_examples_run(number, capsys):
     example = blocks("python")[number]
     assert len(example.splitlines()) <= 12
@@ -24,7 +24,7 @@ def test_the_readme_examples_run(number, capsys):
 
 
 def test_every_readme_example_is_tested():
-    assert len(blocks("python")) == 4
+    assert len(blocks("python")) == 5
 
 
 def test_the_readme_opens_with_the_two_commands():

@@ -13,6 +13,8 @@ Layers of Transformers, from scratch by `Maps.same(cycle(12, 3)).on(config)`, or
     tied, params = convert(model, variables["params"], maps, tokens, through=LowRank(16))
 """
 
+from hyperjax.sharing.bert import Bert, BertConfig
+from hyperjax.sharing.bert_files import read_bert
 from hyperjax.sharing.convert import align_groups, convert, replan, soft_tie, stepwise
 from hyperjax.sharing.layer_maps import (
     LayerMap,
@@ -36,6 +38,8 @@ from hyperjax.sharing.tie import Tied, tie
 from hyperjax.sharing.tools import Memory, cosines, memory, use_gradients, xavier
 
 __all__ = [
+    "Bert",
+    "BertConfig",
     "ByEmbedding",
     "LayerMap",
     "Link",
@@ -71,6 +75,7 @@ __all__ = [
     "middle_cycle",
     "most_sets",
     "one_wide_ffn",
+    "read_bert",
     "replan",
     "residual",
     "sequence",

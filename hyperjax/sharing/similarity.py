@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 Array = jax.Array
 
@@ -93,6 +92,8 @@ def align(layer: Any, to: Any) -> Any:
 
     Reference: Ainsworth et al., "Git Re-Basin" (2023), section 3.2, for one layer.
     """
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
     axes = _axes(layer)
     gain: Any = 0.0
     for name, axis in axes.items():
@@ -129,9 +130,11 @@ def weight_distances(layers: Sequence[Any], aligned: bool = False) -> np.ndarray
 def _axes(layer: Any) -> dict[str, int]:
     """The axis of each parameter that runs over heads or hidden units."""
     if "query" in layer:
-        return {"query": 1, "key": 1, "value": 1, "out": 0}
+        biases = {f"{name}_bias": 0 for name in ("query", "key", "value") if f"{name}_bias" in layer}
+        return {"query": 1, "key": 1, "value": 1, "out": 0} | biases
     if "up" in layer:
-        return {name: 1 for name in ("up", "gate") if name in layer} | {"down": 0}
+        biases = {"up_bias": 0} if "up_bias" in layer else {}
+        return {name: 1 for name in ("up", "gate") if name in layer} | {"down": 0} | biases
     raise ValueError(
         f"the layer has {', '.join(layer)}, expected the weights of attention (query) or of a network (up)"
     )
