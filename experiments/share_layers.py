@@ -7,9 +7,10 @@ Rows from scratch: `unshared`; `shallow`, as many layers as there are sets of we
 unshared network's operations; `groups`, `cycle`, `cycle_reverse`, `middle_cycle` and `random` maps of `--sets` sets;
 `all`, `attention`, `ffn`: one set of these; `mixture`, sets mixed by input; `replanned`, a map chosen anew in training.
 Rows `to_X` begin as the unshared network after `--steps` steps, and are trained for `--extra` more, with its answers:
-`to_unshared` unchanged; `to_shallow` with layers dropped; by a map, that is given, or found by a search (`cka`,
-`weights`, `aligned`, `loss`, `greedy`), drawn together by a soft tie first; `lora` and `scale`, the map of `loss` with
-one more map for each layer. Sharing saves parameters, not operations. The same command again goes on where it stopped.
+`to_unshared` unchanged; `to_shallow` with layers dropped; `to_stepwise`, a cycle of layers taken at equal steps; others
+by a map, that is given or found by a search (`cka`, `weights`, `aligned`, `loss`, `greedy`), drawn together by a soft
+tie first; `lora`, one set and a residual for each layer, as large as the others; `scale`, the map of `loss` and factors
+for each layer. Sharing saves parameters, not operations. The same command again goes on where it stopped.
 """
 
 import dataclasses
@@ -70,14 +71,13 @@ class Config:
     steps: int = 150  # updates from scratch
     extra: int = 100  # updates after conversion
     learning_rate: float = 3e-3  # of AdamW, after a warm-up, falling to a twentieth along a cosine
-    extra_rate: float = 2e-3  # the same after conversion
+    extra_rate: float = 4e-3  # the same after conversion
     weight_decay: float = 0.01  # of AdamW
     clip: float = 1.0  # norm to which gradients are clipped
     transfer: str = "mean"  # what shared weights become: mean, first, last or stepwise
-    rank: int = 8  # of `to_lora`
     distill: float = 1.0  # weight of the divergence from the teacher
-    soft: float = 0.3  # share of the extra steps in which layers are only drawn together
-    soft_weight: float = 3.0  # of that, at its end
+    soft: float = 0.15  # share of the extra steps in which layers are only drawn together
+    soft_weight: float = 300.0  # of what is left between them, at its end
     replan_every: int = 250  # steps after which `replanned` chooses a new map
     log_every: int = 20  # steps between two lines of metrics
     eval_every: int = 100  # steps between two validations
@@ -137,7 +137,7 @@ def check(config: Config) -> None:
     last = 2**31 - config.seeds
     _expect(0 <= config.seed <= last, "seed", config.seed, f"a whole number from 0 to {last}, for {config.seeds} seeds")
     for name in config.rows:  # refuses maps that do not fit
-        kind = name.removeprefix("to_")
+        kind = name.removeprefix("to_").replace("stepwise", "cycle")
         if kind in sharing_rows.MAPS:
             sharing_rows.maps_of(kind, config.layers, config.sets, config.seed)
 

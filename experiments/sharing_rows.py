@@ -23,7 +23,8 @@ MAPS = ("groups", "cycle", "cycle_reverse", "middle_cycle", "random", "all", "at
 SEARCHED = ("cka", "weights", "aligned", "loss", "greedy")
 SCRATCH = (*PLAIN, *MAPS, "mixture", "replanned")
 CONVERTED = tuple(
-    f"to_{name}" for name in ("unshared", "shallow", "groups", "cycle", "random", *SEARCHED, "lora", "scale")
+    f"to_{name}"
+    for name in ("unshared", "shallow", "groups", "cycle", "stepwise", "random", *SEARCHED, "lora", "scale")
 )
 ROWS = (*SCRATCH, *CONVERTED)
 
@@ -78,18 +79,23 @@ def converted(name: str, config: Any, sizes: Config, seed: int, task: Characters
         small = dataclasses.replace(sizes, layers=sets)
         chosen = sharing.stepwise(layers, sets)
         return Row(name, Decoder(small), small, None, lambda params: keep(params, chosen))
-    if kind in (*SEARCHED, "lora", "scale"):
-        layer_map = searched("loss" if kind in ("lora", "scale") else kind, config, model, task, teacher)
+    if kind == "lora":
+        layer_map = sharing.all_shared(layers)
+    elif kind in (*SEARCHED, "scale"):
+        layer_map = searched("loss" if kind == "scale" else kind, config, model, task, teacher)
     else:
-        layer_map = maps_of(kind, layers, sets, seed).ffn or ()
-    maps = Maps.same(layer_map)
-    through: Any = {"lora": LowRank(config.rank), "scale": Scale()}.get(kind)
+        layer_map = maps_of("cycle" if kind == "stepwise" else kind, layers, sets, seed).ffn or ()
+    maps, how = Maps.same(layer_map), "stepwise" if kind == "stepwise" else config.transfer
+    through: Any = Scale() if kind == "scale" else None
+    if kind == "lora":
+        through = LowRank(fitting_rank(model, sets, example))
     tied = sharing.tie(model, sharing.layer_ties(maps, through), example)
 
     def transfer(params: Any) -> Any:
-        return sharing.convert(model, params, maps, example, transfer=config.transfer, through=through)[1]
+        return sharing.convert(model, params, maps, example, transfer=how, through=through)[1]
 
-    return Row(name, tied, sizes, layer_map, transfer, None if through else maps)
+    soft = through is None and how == "mean"  # of layers that are taken as they are, none need come nearer
+    return Row(name, tied, sizes, layer_map, transfer, maps if soft else None)
 
 
 def tied_row(name: str, sizes: Config, layer_map: tuple[int, ...], config: Any) -> Row:
@@ -105,6 +111,19 @@ def replanned(row: Row, config: Any, task: Characters, params: Any, opt_state: A
     cost = search.medoid(1 - cka_of(row.net.module, whole, tokens))
     new = tied_row(row.name, row.sized, search.contiguous(cost, row.sized.layers, config.sets), config)
     return new, *sharing.replan(row.net, new.net, params, opt_state)
+
+
+def fitting_rank(model: Decoder, sets: int, example: Any) -> int:
+    """The rank of residuals with which one set for all layers is as large as so many sets without, or a little less."""
+    layers = model.config.layers
+
+    def count(number: int, rank: int | None) -> int:
+        through = None if rank is None else LowRank(rank)
+        maps = Maps.same(sharing.groups(layers, number))
+        return unique(sharing.tie(model, sharing.layer_ties(maps, through), example), example)
+
+    each = count(1, 2) - count(1, 1)
+    return max(1, 1 + (count(sets, None) - count(1, 1)) // each)
 
 
 def maps_of(name: str, layers: int, sets: int, seed: int) -> Maps:

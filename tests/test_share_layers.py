@@ -31,7 +31,7 @@ load_script("sharing_training")
 load_script("sharing_pictures")
 script = load_script("share_layers")
 SIZES = ["--layers=4", "--sets=2", "--width=16", "--heads=2", "--ffn=16", "--length=16", "--prompt=4", "--batch=4"]
-SHORT = ["--steps=8", "--extra=6", "--log-every=2", "--eval-every=4", "--eval-windows=4", "--repeats=1", "--rank=2"]
+SHORT = ["--steps=8", "--extra=6", "--log-every=2", "--eval-every=4", "--eval-windows=4", "--repeats=1"]
 TINY = [*SIZES, *SHORT, "--replan-every=3"]
 SOME = [
     "unshared",
@@ -101,7 +101,7 @@ def test_what_is_saved_is_parameters_not_operations(finished):
         assert ratio == pytest.approx(summary[f"{name}_params_unique"] / summary["params"], rel=0.01)
     assert summary["shallow_flops_per_token"] < 0.7 * whole
     assert summary["wide_flops_per_token"] == pytest.approx(whole, rel=0.15)
-    assert summary["cycle_params_unique"] < summary["to_lora_params_unique"] < summary["params"]
+    assert 0.8 < summary["to_lora_params_unique"] / summary["cycle_params_unique"] <= 1
 
 
 def test_the_same_command_prints_the_summary(finished, capsys):
@@ -137,7 +137,7 @@ def test_an_interrupted_run_resumes_to_the_same_files(finished, tmp_path, monkey
 
 
 def test_every_row_can_be_made():
-    config = script.Config(layers=6, sets=3, width=16, heads=2, ffn=16, length=16, prompt=4, batch=4, rank=2)
+    config = script.Config(layers=6, sets=3, width=16, heads=2, ffn=16, length=16, prompt=4, batch=4)
     task = script.load(config, 0)
     sizes, example = script.sizes(config, task), task.batch_at(0)["tokens"]
     teacher = jax.jit(rows.Decoder(sizes).init)(jax.random.key(0), example)["params"]

@@ -105,6 +105,11 @@ def test_gradients_are_sums_over_uses(tied, variables):
     np.testing.assert_allclose(of_tied["decoder"]["bias"], of_each["decoder"]["bias"], atol=1e-7)
 
 
+def test_keys_may_come_by_stream(tied):
+    keys = {"params": KEY, "dropout": jax.random.key(1)}
+    jax.tree.map(np.testing.assert_array_equal, tied.init(keys, TOKENS), tied.init(KEY, TOKENS))
+
+
 def test_collections_and_methods_pass_through(tied, variables):
     out, changed = tied.apply(variables, TOKENS, train=True, mutable=["batch_stats"])
     assert out.shape == (3, 5, 11)

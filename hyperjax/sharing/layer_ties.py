@@ -19,8 +19,8 @@ def layer_ties(maps: Maps, through: Map | None = None, prefix: str = "stack/") -
     Args:
         maps: of L layers.
         through: the map from the shared weights to each layer's, as `LowRank(16)`. With it the shared weights are new
-            parameters, under "groups/", and every layer of a group has its own map; None: all layers of a group are
-            its first.
+            parameters, under "groups/", every layer of a group has its own map, and biases stay private; None: all
+            layers of a group are its first.
         prefix: of the paths of the layers' parameters.
 
     Raises:
@@ -33,7 +33,8 @@ def layer_ties(maps: Maps, through: Map | None = None, prefix: str = "stack/") -
         check_map(layer_map, len(layer_map), f"the {kind} map")
         for first, *rest in members(layer_map).values():
             for l in (rest if through is None else [first, *rest]) if rest else ():
-                path = rf"({re.escape(prefix)})({KINDS[kind]})_{l}/(.+)"
+                of = ".+" if through is None else r"(?:.+/)?(?!\w*bias$)\w+"
+                path = rf"({re.escape(prefix)})({KINDS[kind]})_{l}/({of})"
                 to = rf"\1\2_{first}/\3" if through is None else rf"groups/\2_{first}/\3"
                 ties.append(Tie(path, to, through))
     return ties

@@ -26,7 +26,8 @@ def plot_groups(axes: Any, similarity: np.ndarray, layer_map: Sequence[int]) -> 
     from matplotlib.patches import Rectangle
 
     layers = len(layer_map)
-    axes.imshow(similarity, vmin=0, vmax=1, cmap="Greys")
+    lowest = np.floor(10 * np.min(similarity)) / 10  # similar layers differ little
+    axes.imshow(similarity, vmin=min(lowest, 0.9), vmax=1, cmap="Greys")
     shared = [n for n in dict.fromkeys(layer_map) if list(layer_map).count(n) > 1]
     for i in range(layers):
         for j in range(layers):

@@ -45,10 +45,16 @@ class Tied:
                 root = next(each.source for each in links if each.path == root)
             self.uses.setdefault(root, [root] if root in shapes else []).append(link.path)
 
-    def init(self, key: Array, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Variables as `module.init` starts them, without what is tied and with what maps add."""
+    def init(self, key: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Variables as `module.init` starts them, without what is tied and with what maps add.
+
+        Args:
+            key: PRNG key, or keys by stream, of which "params" is one.
+            *args, **kwargs: inputs of the module.
+        """
         variables = dict(self.module.init(key, *args, **kwargs))
-        return {**variables, "params": self._start(variables["params"], key, None)}
+        own = key["params"] if isinstance(key, Mapping) else key
+        return {**variables, "params": self._start(variables["params"], own, None)}
 
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As `module.apply`: it takes `method`, `rngs`, and `mutable` for collections other than "params"."""
