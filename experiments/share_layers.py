@@ -117,7 +117,6 @@ def check(config: Config) -> None:
         "batch",
         "steps",
         "extra",
-        "rank",
         "replan_every",
     )
     for name in (*counts, "log_every", "eval_every", "eval_windows", "repeats"):
