@@ -21,7 +21,7 @@ from hyperjax.sharing.links import Link, Tie, resolve
 
 Array = jax.Array
 Pick = Callable[[str, dict[str, Array]], Array]  # path of a source and what it is tied to -> its value
-SHARED = "maps"  # where parameters stand that maps share
+SHARED = "shared_maps"  # where parameters stand that maps share
 
 
 class Tied:
@@ -70,11 +70,9 @@ class Tied:
         missing = [path for path in self._kept if path not in flat]
         if missing:
             raise ValueError(f"the parameters lack {', '.join(missing[:5])}; `fit` makes them from those of the module")
-        tied = [path for path in flat if path in {link.path for link in self.links}]
+        tied = next((link.path for link in self.links if link.path in flat), None)
         if tied:
-            raise ValueError(
-                f"{tied[0]} is tied and has a value of its own; `fit` makes tied parameters from untied ones"
-            )
+            raise ValueError(f"{tied} is tied and has a value of its own; `fit` makes tied parameters from untied ones")
         found = {path: flat[path] for path in self._kept}
         for link in self.links:
             own, shared = _below(params, link.path), _below(params, shared_path(link.source))
@@ -104,7 +102,7 @@ class Tied:
         return self._start(params, key, pick or _mean)
 
     def labels(self, params: Any) -> Any:
-        """ "shared" or "private" for each parameter: for `optax.partition`, to give each group its learning rate."""
+        """Labels each parameter "shared" or "private", for `optax.partition` to give each group its learning rate."""
         flat = flatten_dict(params, sep="/")
         shared = lambda path: path in self.uses or path.startswith(SHARED + "/")  # noqa: E731
         return unflatten_dict({path: "shared" if shared(path) else "private" for path in flat}, sep="/")
@@ -174,7 +172,8 @@ def _own(link: Link, theta: Array, value: Array, key: Array | None, number: int,
 
 
 def _mean(source: str, parts: dict[str, Array]) -> Array:
-    return jnp.stack(list(parts.values())).mean(0)
+    values = list(parts.values())
+    return jnp.stack(values).mean(0).astype(values[0].dtype)
 
 
 def _below(tree: Any, path: str) -> Any:
