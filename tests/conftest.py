@@ -1,10 +1,30 @@
 """Settings every test runs under: rank promotion is an error, and so is every warning (pyproject.toml)."""
 
 import os
+import sys
+from pathlib import Path
 
 import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))  # tests of scripts import them by name
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tests compile much and compute little. This spares LLVM's passes; those of XLA, with its fusions and layouts, all run.
 jax.config.update("jax_disable_most_optimizations", True)
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # scripts that tests start must give the same numbers, to the bit
+
+
+@pytest.fixture(scope="module")
+def cheap_compilation(tmp_path_factory):
+    """Compiles each program of a module's tests once: most of the time would go into that."""
+    changes = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled"))}
+    changes |= {"jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: jax.config.values[name] for name in changes}
+    for name, value in changes.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

@@ -1,33 +1,18 @@
 """experiments/bench_hypernet.py: its figures, its tables, what it leaves out, and what it refuses."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
+import bench_hypernet as bench
+import bench_hypernet_peers as peers
 import jax
 import pytest
 
 from hyperjax.paramtree import count
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 TINY = [
     *("--batch=6", "--embedding=3", "--repeats=1", "--depth=1", "--width=4", "--peers"),
     *("--layers", "7", "5", "--memory-layers", "50", "40", "--generators", "linear"),
 ]
-
-
-def load_script(name):
-    """The script as a module, under the name by which its neighbour imports it."""
-    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-peers = load_script("bench_hypernet_peers")
-bench = load_script("bench_hypernet")
 
 
 def test_measures_writes_and_prints(tmp_path, capsys):

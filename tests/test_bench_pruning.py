@@ -1,10 +1,10 @@
 """experiments/bench_pruning.py: its figures, its table, the decisions it sets by hand, and what it refuses."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
+import bench_pruning as bench
+import bench_pruning_parts as parts
+import bench_pruning_paths as paths
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,21 +12,6 @@ import pytest
 
 from hyperjax import pruning
 from hyperjax.transformer import Decoder
-
-FOLDER = Path(__file__).parents[1] / "experiments"
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-paths = load_script("bench_pruning_paths")
-parts = load_script("bench_pruning_parts")
-bench = load_script("bench_pruning")
 
 SIZES = {"vocabulary": 7, "layers": 2, "width": 8, "heads": 4, "ffn": 16, "blocks": 4, "prompt": 2, "train_batch": 2}
 LISTS = {"percent": (50,), "batches": (1,), "lengths": (6,)}

@@ -2,16 +2,9 @@
 
 import importlib.util
 import json
-import sys
-from pathlib import Path
 
+import bench_recurrent as bench
 import pytest
-
-SCRIPT = Path(__file__).parents[1] / "experiments" / "bench_recurrent.py"
-spec = importlib.util.spec_from_file_location("bench_recurrent", SCRIPT)
-bench = importlib.util.module_from_spec(spec)
-sys.modules["bench_recurrent"] = bench
-spec.loader.exec_module(bench)
 
 TINY = [
     *("--units=8", "--hyper-units=4", "--embedding=2", "--features=3", "--batch=2", "--steps=3", "--repeats=1"),

@@ -1,22 +1,14 @@
 """experiments/bench_routing.py: its figures, its table, the networks it compares, and what it refuses."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
+import bench_routing as bench
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hyperjax import routing
-
-SCRIPT = Path(__file__).parents[1] / "experiments" / "bench_routing.py"
-spec = importlib.util.spec_from_file_location("bench_routing", SCRIPT)
-bench = importlib.util.module_from_spec(spec)
-sys.modules["bench_routing"] = bench
-spec.loader.exec_module(bench)
 
 SIZES = {"features": 3, "levels": 2, "subnetworks": 2, "width": 8, "tasks": 2, "tower": 4, "batch": 5, "repeats": 1}
 TINY = [*(f"--{name}={value}" for name, value in SIZES.items()), "--serving-repeats=1"]

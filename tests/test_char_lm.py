@@ -1,6 +1,5 @@
 """experiments/char_lm.py: it trains, survives a kill, and says in one line what is wrong with its input."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -9,6 +8,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import char_lm
 import jax
 import jax.numpy as jnp
 import pytest
@@ -23,17 +23,6 @@ TINY = [
     *("--model=lstm", "--units=8", "--keep=0.9", "--batch=4", "--length=16", "--eval-batch=32", "--learning-rate=0.01"),
     *("--steps=240", "--eval-every=60", "--log-every=7", "--sample-length=20", "--prime-length=10"),
 ]
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("char_lm", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["char_lm"] = module  # tyro reads the comments of the fields from its source
-    spec.loader.exec_module(module)
-    return module
-
-
-char_lm = load_script()
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,9 @@
 """experiments/continual_digits.py: less is forgotten, runs resume to the bit, bad input is one line."""
 
-import importlib.util
 import json
 import signal
-import sys
-from pathlib import Path
 
+import continual_digits as script
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,20 +13,8 @@ from hyperjax import training
 from hyperjax.data import Images, Split, load_images
 from hyperjax.hypernet.continual import continual_scores
 
-SCRIPT = Path(__file__).parents[1] / "experiments" / "continual_digits.py"
 TINY = ["--num-tasks=3", "--embedding-dim=16", "--features=32", "--batch=16", "--learning-rate=0.01", "--log-every=7"]
 RUN = ["--tasks=permuted", *TINY, "--hidden", "16", "--steps-per-task=60", "--beta=0.05", "--seed=1"]
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("continual_digits", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["continual_digits"] = module  # tyro reads the comments of the fields from its source
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
 
 
 @pytest.fixture(scope="module")

@@ -1,54 +1,28 @@
 """experiments/dynamic_pruning.py: what a run leaves, resuming to the bit, teachers, penalties, passages, bad input."""
 
 import dataclasses
-import importlib.util
 import json
 import shutil
 import signal
-import sys
 from pathlib import Path
 
+import dynamic_pruning as script
 import jax
 import numpy as np
+import pruning_methods as methods
+import pruning_tasks as tasks
+import pruning_training as learning
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from hyperjax import training, transformer
 from hyperjax.pruning import costs
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # tyro reads the comments of the fields from its source
-    spec.loader.exec_module(module)
-    return module
-
-
-tasks, methods, report = (load_script(f"pruning_{name}") for name in ("tasks", "methods", "report"))
-load_script("pruning_pictures")
-learning = load_script("pruning_training")
-script = load_script("dynamic_pruning")
 SIZES = ["--layers=2", "--width=16", "--ffn=32", "--blocks=4", "--length=24", "--prompt=8", "--batch=4"]
 TINY = [*SIZES, "--steps=8", "--log-every=2", "--eval-every=4", "--eval-windows=8", "--repeats=1", "--budgets=0.85"]
 CAUSAL = ["dense", "small", "static", "sequence", "layers", "token", "mod", "experts", "random_mod"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cheap_compilation(tmp_path_factory):
-    """Compiles each program once, and without optimizing it: most of the time would go into that."""
-    changes = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled"))}
-    changes |= {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_disable_most_optimizations": True}
-    before = {name: jax.config.values[name] for name in changes}
-    for name, value in changes.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("cheap_compilation")
 
 
 @pytest.fixture(scope="module")

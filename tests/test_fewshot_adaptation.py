@@ -1,30 +1,15 @@
 """experiments/fewshot_adaptation.py: its tasks, what it leaves behind, and what it refuses."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
+import fewshot_adaptation as fewshot
+import fewshot_tasks as tasks
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-
-
-def load_script(name):
-    """The script as a module, under the name by which its neighbour imports it."""
-    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # tyro reads the comments of the fields from its source
-    spec.loader.exec_module(module)
-    return module
-
-
-tasks = load_script("fewshot_tasks")
-fewshot = load_script("fewshot_adaptation")
 TINY = [
     *("--train-tasks=4", "--tune-tasks=2", "--new-tasks=2", "--adapt-steps=6", "--steps=60", "--batch=2"),
     *("--eval-every=30", "--log-every=10"),

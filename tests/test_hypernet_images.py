@@ -1,13 +1,11 @@
 """experiments/hypernet_images.py: two ways to one network, published counts, resuming, bad input in one line."""
 
 import dataclasses
-import importlib.util
 import json
 import shutil
 import signal
-import sys
-from pathlib import Path
 
+import hypernet_images as script
 import jax
 import numpy as np
 import optax
@@ -18,20 +16,8 @@ from hyperjax.data import Batches, Images, Split, load_images
 from hyperjax.hypernet.image_models import ConvNet, WideResNet
 from hyperjax.paramtree import select
 
-SCRIPT = Path(__file__).parents[1] / "experiments" / "hypernet_images.py"
 TINY = ["--features=8", "--embedding=3", "--hidden=3", "--tile=8", "--batch=16", "--log-every=7", "--eval-every=150"]
 RUN = [*TINY, "--steps=450", "--rates=0.01", "--seed=2"]
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("hypernet_images", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["hypernet_images"] = module  # tyro reads the comments of the fields from its source
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
 
 
 def fake_images(side, channels, classes=10, size=20):

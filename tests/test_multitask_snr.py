@@ -1,54 +1,27 @@
 """experiments/multitask_snr.py: what a run leaves, resuming to the bit, every kind of data, and bad input."""
 
 import dataclasses
-import importlib.util
 import json
 import shutil
 import signal
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import multitask_snr as script
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+import routing_models as models
 
 from hyperjax import routing, training
 from hyperjax.data import RowBatches, digit_tasks
 from hyperjax.data.census import COLUMNS, NUMERIC
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # tyro reads the comments of the fields from its source
-    spec.loader.exec_module(module)
-    return module
-
-
-models = load_script("routing_models")
-script = load_script("multitask_snr")
 TINY = ["--parts=2", "--towers", "4", "--budget=1500", "--log-every=2"]
 RUN = ["--data=digits", *TINY, "--batch=32", "--steps=14", "--log-every=3", "--eval-every=5"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cheap_compilation(tmp_path_factory):
-    """Compiles each program once, and without optimizing it: most of the time would go into that."""
-    changes = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled"))}
-    changes |= {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_disable_most_optimizations": True}
-    before = {name: jax.config.values[name] for name in changes}
-    for name, value in changes.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("cheap_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -1,34 +1,21 @@
 """experiments/pruning_methods.py and pruning_report.py: what is timed is what was judged, and costs are counted."""
 
-import importlib.util
-import sys
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pruning_methods as methods
+import pruning_report as report
+import pruning_tasks as tasks
+import pruning_training as learning
 import pytest
 
 from hyperjax import paramtree
 from hyperjax.pruning import Experts, costs
 from hyperjax.transformer import Config, Gates
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tasks, methods, report, learning = (
-    load_script(f"pruning_{name}") for name in ("tasks", "methods", "report", "training")
-)
 L, PROMPT, BLOCKS = 16, 6, 4
 SETTING = SimpleNamespace(data="pydoc", data_dir=None, length=L, prompt=PROMPT, batch=4, eval_windows=40)
 CHARACTERS = tasks.load(SETTING, 0)

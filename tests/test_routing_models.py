@@ -1,32 +1,18 @@
 """experiments/routing_models.py: data and networks by name, who learns how fast, the weightings by hand and in use."""
 
 import dataclasses
-import importlib.util
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import multitask_snr as multitask
 import numpy as np
 import optax
 import pytest
+import routing_models as models
 
 from hyperjax import routing, training
 from hyperjax.data import TaskData, TaskSplit
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # under the name by which its neighbours import it
-    spec.loader.exec_module(module)
-    return module
-
-
-models = load_script("routing_models")
-multitask = load_script("multitask_snr")
 TASKS = {"up": routing.Binary(), "size": routing.Regression(), "kind": routing.MultiClass(3)}
 OPTIONS = {"group": "income", "correlation": 0.5, "seed": 0}
 

@@ -1,29 +1,13 @@
 """experiments/routing_runs.py: runs side by side, what their gates cost, and what is left of them to serve."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import routing_runs as runs
 
 from hyperjax import routing, training
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # under the name by which its neighbours import it
-    spec.loader.exec_module(module)
-    return module
-
-
-load_script("routing_models")
-runs = load_script("routing_runs")
 TASKS = {"size": routing.Regression(), "up": routing.Binary()}
 STEPS = 30
 SNR = routing.SNR(((2, 2), (2, 2)), TASKS, (3,))

@@ -1,15 +1,13 @@
 """experiments/sample_text.py: text from a tiny run of char_lm.py, the picture of its scales, and bad input."""
 
-import importlib.util
 import json
 import shutil
-import sys
-from pathlib import Path
 
+import char_lm
 import numpy as np
 import pytest
+import sample_text
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 TINY = [
     "--units=8",
     "--hyper-units=4",
@@ -23,19 +21,6 @@ TINY = [
     "--prime-length=5",
 ]
 PRIME = "7 green bottles,\n"
-
-
-def load_script(name):
-    """The script as a module, under the name by which its neighbours import it."""
-    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # tyro reads the comments of the fields from its source
-    spec.loader.exec_module(module)
-    return module
-
-
-char_lm = sys.modules.get("char_lm") or load_script("char_lm")
-sample_text = load_script("sample_text")
 
 
 def train(folder, model):

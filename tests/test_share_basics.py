@@ -1,49 +1,21 @@
 """experiments/share_basics.py: what a run leaves, what is tied, resuming, graphs from files, bad input."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
+import basics_cases as cases
+import basics_graphs as graphs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+import share_basics as script
 
 from hyperjax import sharing, training
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # tyro reads the comments of the fields from its source
-    spec.loader.exec_module(module)
-    return module
-
-
-load_script("pruning_tasks")
-graphs = load_script("basics_graphs")
-cases = load_script("basics_cases")
-script = load_script("share_basics")
 TINY = ["--steps=3", "--batch=8", "--repeats=1"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cheap_compilation(tmp_path_factory):
-    """Compiles each program once, and without optimizing it: most of the time would go into that."""
-    changes = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled"))}
-    changes |= {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_disable_most_optimizations": True}
-    before = {name: jax.config.values[name] for name in changes}
-    for name, value in changes.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("cheap_compilation")
 
 
 @pytest.fixture(scope="module")

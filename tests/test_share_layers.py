@@ -1,35 +1,18 @@
 """experiments/share_layers.py: what a run leaves, every row, resuming to the bit, plans anew, bad input."""
 
-import importlib.util
 import json
 import signal
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
+import pruning_tasks as tasks
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+import share_layers as script
+import sharing_rows as rows
 
 from hyperjax import sharing, training
 from hyperjax.pruning import costs
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # tyro reads the comments of the fields from its source
-    spec.loader.exec_module(module)
-    return module
-
-
-tasks = load_script("pruning_tasks")
-rows = load_script("sharing_rows")
-load_script("sharing_training")
-load_script("sharing_pictures")
-script = load_script("share_layers")
 SIZES = ["--layers=4", "--sets=2", "--width=16", "--heads=2", "--ffn=16", "--length=16", "--prompt=4", "--batch=4"]
 SHORT = ["--steps=8", "--extra=6", "--log-every=2", "--eval-every=4", "--eval-windows=4", "--repeats=1"]
 TINY = [*SIZES, *SHORT, "--replan-every=3"]
@@ -47,19 +30,7 @@ SOME = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cheap_compilation(tmp_path_factory):
-    """Compiles each program once, and without optimizing it: most of the time would go into that."""
-    changes = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled"))}
-    changes |= {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_disable_most_optimizations": True}
-    before = {name: jax.config.values[name] for name in changes}
-    for name, value in changes.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("cheap_compilation")
 
 
 @pytest.fixture(scope="module")

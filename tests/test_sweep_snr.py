@@ -1,52 +1,22 @@
 """experiments/sweep_snr.py: what a sweep leaves, going on after a kill, its random search, and bad input."""
 
 import dataclasses
-import importlib.util
 import json
 import shutil
-import sys
-from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+import sweep_snr as script
 
 from hyperjax import routing, training
 from hyperjax.data import TaskData, TaskSplit
 from hyperjax.data.multitask import SPLITS
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # tyro reads the comments of the fields from its source
-    spec.loader.exec_module(module)
-    return module
-
-
-for neighbour in ("routing_models", "routing_runs"):
-    load_script(neighbour)
-script = load_script("sweep_snr")
 SIZES = ["--budgets", "1400", "--search-budget=1400", "--parts=2", "--towers", "4", "--steps=4", "--batch=16"]
 RUN = ["--models", "snr_sparse", "shared_bottom", *SIZES, "--search=2", "--seeds=2"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cheap_compilation(tmp_path_factory):
-    """Compiles each program once, and without optimizing it: most of the time would go into that."""
-    changes = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled"))}
-    changes |= {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_disable_most_optimizations": True}
-    before = {name: jax.config.values[name] for name in changes}
-    for name, value in changes.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("cheap_compilation")
 
 
 @pytest.fixture(scope="module")
