@@ -28,7 +28,7 @@ import sharing_pictures
 import sharing_rows
 from pruning_tasks import Characters, load
 from sharing_rows import ROWS, Row, converted, scratch, unique
-from sharing_training import earlier, make_evaluate, make_loss, make_optimizer, train
+from sharing_training import earlier, make_evaluate, make_loss, make_optimizer, trained
 
 from hyperjax import sharing, training
 from hyperjax.pruning import costs
@@ -191,10 +191,10 @@ def run(config: Config, tasks: Sequence[Characters], workdir: training.Workdir, 
             else:
                 row = scratch(name, config, whole, seed)
             teacher = teachers[-1] if len(teachers) > number else None
-            row, params = trained(config, row, task, workdir, seed, started, teacher)
+            row, params = trained(config, row, sizes(config, task), task, workdir.path, seed, started, teacher)
             if name == "unshared":
                 teachers.append(jax.tree.map(np.asarray, params))
-            quality = evaluate(row, task, params)
+            quality = make_evaluate(row.net, task)(params, "test")
             maps = "" if row.layer_map is None else f", layers {' '.join(map(str, row.layer_map))}"
             training.say(f"{name}-seed{seed}: test bpc {quality:.4f}{maps}")
             found[name].append((row, jax.tree.map(np.asarray, params), quality))
@@ -204,42 +204,6 @@ def run(config: Config, tasks: Sequence[Characters], workdir: training.Workdir, 
     sharing_pictures.draw(found, summary, tasks[0], teachers, whole, workdir.path)
     first = found[config.rows[0]][0][1]
     return {**summary, **training.environment(__file__, first, config.seed, time.perf_counter() - started)}
-
-
-def trained(
-    config: Config, row: Row, task: Characters, workdir: training.Workdir, seed: int, started: float, teacher: Any
-) -> tuple[Row, Any]:
-    """A row after its training, and its parameters: in one stage, or in several whose networks differ."""
-    name = f"{row.name}{{}}-seed{seed}"
-    go = partial(train, config, task=task, seed=seed, started=started)
-    if row.replans:
-        options: dict[str, Any] = {"rate": config.learning_rate, "within": config.steps}
-        start, opt_state = None, None
-        for at in range(0, config.steps, config.replan_every):
-            folder, steps = workdir.path / name.format(f"-{at}"), min(config.replan_every, config.steps - at)
-            state = go(row.net, folder=folder, steps=steps, after=at, start=start, opt_state=opt_state, **options)
-            if at + steps < config.steps:
-                row, start, opt_state = sharing_rows.replanned(row, config, task, state.params, state.opt_state)
-        return row, state.params
-    if row.transfer is None:
-        return row, go(
-            row.net, folder=workdir.path / name.format(""), steps=config.steps, rate=config.learning_rate
-        ).params
-    plain = sharing_rows.Decoder(sizes(config, task))
-    options = {"rate": config.extra_rate, "teacher": (plain, teacher)}
-    start, soft = teacher, 0 if row.softly is None else round(config.soft * config.extra)
-    if soft:
-        folder = workdir.path / name.format("-soft")
-        start = go(
-            plain, folder=folder, steps=soft, after=config.steps, start=start, softly=row.softly, **options
-        ).params
-    rest = {"steps": config.extra - soft, "after": config.steps + soft, "start": row.transfer(start)}
-    return row, go(row.net, folder=workdir.path / name.format(""), **rest, **options).params
-
-
-def evaluate(row: Row, task: Characters, params: Any) -> float:
-    """Test bits per character."""
-    return make_evaluate(row.net, task)(params, "test")
 
 
 def measure(config: Config, rows: dict[str, tuple[Row, Any, float]], task: Characters) -> dict[str, dict[str, float]]:

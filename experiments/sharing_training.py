@@ -1,6 +1,7 @@
 """Training a network of share_layers.py, from scratch or away from a teacher, and going on after a stop."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from pruning_tasks import Characters
-from sharing_rows import logits_of
+from sharing_rows import Row, logits_of, replanned
 
 from hyperjax import sharing, training
 from hyperjax.distillation import distillation
 from hyperjax.sharing import Maps
 from hyperjax.training.state import LossFn
+from hyperjax.transformer import Config, Decoder
 
 Array = jax.Array
 SIZE = 32  # windows evaluated together
@@ -132,6 +134,41 @@ def train(
     options = {"train": "train_bpc", "valid": "valid_bpc", "label": "bits per character"}
     training.plot_curves(files[0].path, folder / "curves.png", title=f"{folder.name} on {task.name}", **options)
     return state
+
+
+def trained(
+    config: Any, row: Row, sizes: Config, task: Characters, parent: Path, seed: int, started: float, teacher: Any
+) -> tuple[Row, Any]:
+    """A row after its training, and its parameters: in one stage, or in several whose networks differ.
+
+    Args:
+        sizes: of the unshared network.
+        parent: folder of the stages' folders.
+        teacher: parameters of the unshared network, for rows that begin with them.
+    """
+    name = f"{row.name}{{}}-seed{seed}"
+    go = partial(train, config, task=task, seed=seed, started=started)
+    if row.replans:
+        options: dict[str, Any] = {"rate": config.learning_rate, "within": config.steps}
+        start, opt_state = None, None
+        for at in range(0, config.steps, config.replan_every):
+            folder, steps = parent / name.format(f"-{at}"), min(config.replan_every, config.steps - at)
+            state = go(row.net, folder=folder, steps=steps, after=at, start=start, opt_state=opt_state, **options)
+            if at + steps < config.steps:
+                row, start, opt_state = replanned(row, config, task, state.params, state.opt_state)
+        return row, state.params
+    if row.transfer is None:
+        return row, go(row.net, folder=parent / name.format(""), steps=config.steps, rate=config.learning_rate).params
+    plain = Decoder(sizes)
+    options = {"rate": config.extra_rate, "teacher": (plain, teacher)}
+    start, soft = teacher, 0 if row.softly is None else round(config.soft * config.extra)
+    if soft:
+        folder = parent / name.format("-soft")
+        start = go(
+            plain, folder=folder, steps=soft, after=config.steps, start=start, softly=row.softly, **options
+        ).params
+    rest = {"steps": config.extra - soft, "after": config.steps + soft, "start": row.transfer(start)}
+    return row, go(row.net, folder=parent / name.format(""), **rest, **options).params
 
 
 def earlier(folder: Path) -> float:

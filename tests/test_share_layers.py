@@ -14,20 +14,9 @@ from hyperjax import sharing, training
 from hyperjax.pruning import costs
 
 SIZES = ["--layers=4", "--sets=2", "--width=16", "--heads=2", "--ffn=16", "--length=16", "--prompt=4", "--batch=4"]
-SHORT = ["--steps=8", "--extra=6", "--log-every=2", "--eval-every=4", "--eval-windows=4", "--repeats=1"]
+SHORT = ["--steps=8", "--extra=6", "--log-every=2", "--eval-every=4", "--eval-windows=4", "--repeats=1", "--soft=0.34"]
 TINY = [*SIZES, *SHORT, "--replan-every=3"]
-SOME = [
-    "unshared",
-    "shallow",
-    "wide",
-    "cycle",
-    "random",
-    "replanned",
-    "to_unshared",
-    "to_loss",
-    "to_lora",
-    "to_shallow",
-]
+SOME = ["unshared", "wide", "cycle", "replanned", "to_unshared", "to_loss", "to_lora"]
 
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
@@ -64,13 +53,12 @@ def test_a_run_leaves_what_it_should(finished):
 def test_what_is_saved_is_parameters_not_operations(finished):
     summary = json.loads((finished / "summary.json").read_text())
     whole = summary["unshared_flops_per_token"]
-    for name in ("cycle", "random", "to_loss"):
+    for name in ("cycle", "to_loss"):
         assert summary[f"{name}_flops_per_token"] == whole
         assert summary[f"{name}_params_unique"] == summary["cycle_params_unique"] < 0.7 * summary["params"]
         assert len(set(summary[f"{name}_maps"].split())) == 2
         ratio = summary[f"{name}_optimizer_bytes"] / summary["unshared_optimizer_bytes"]
         assert ratio == pytest.approx(summary[f"{name}_params_unique"] / summary["params"], rel=0.01)
-    assert summary["shallow_flops_per_token"] < 0.7 * whole
     assert summary["wide_flops_per_token"] == pytest.approx(whole, rel=0.15)
     assert 0.8 < summary["to_lora_params_unique"] / summary["cycle_params_unique"] <= 1
 
