@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from basics_graphs import Graph, karate
-from pruning_tasks import Characters
+from text_tasks import Characters
 
 from hyperjax.data import TextBatches, load_corpus, load_images, text_classes
 from hyperjax.data.batches import Batches

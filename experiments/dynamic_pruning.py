@@ -25,11 +25,11 @@ import numpy as np
 import pruning_methods
 import pruning_pictures
 import pruning_report
-import pruning_tasks
+import text_tasks
 from pruning_methods import METHODS, build
 from pruning_report import Trained
-from pruning_tasks import DATA, Task, load
 from pruning_training import earlier, sizes, train
+from text_tasks import DATA, Task, load
 
 from hyperjax import pruning, training
 
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with (
         training.bad_input(__file__),
         training.bad_input(pruning_methods.__file__),
-        training.bad_input(pruning_tasks.__file__),
+        training.bad_input(text_tasks.__file__),
     ):
         check(config)
         workdir = training.Workdir(

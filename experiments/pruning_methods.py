@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from pruning_tasks import Task
+from text_tasks import Task
 
 from hyperjax import paramtree, pruning, training
 from hyperjax.pruning import Buckets, Experts, Gated, GumbelSigmoid, HardConcrete, MixtureOfDepths, TopK, costs

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from pruning_report import Trained, compute_by_position
-from pruning_tasks import Characters, Task
+from text_tasks import Characters, Task
 
 from hyperjax.transformer import Config
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from pruning_methods import CAPACITY, Plain, router_share, served
-from pruning_tasks import Task
+from text_tasks import Task
 
 from hyperjax import pruning
 from hyperjax.pruning import Experts, MixtureOfDepths, costs

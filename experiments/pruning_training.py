@@ -13,7 +13,7 @@ import optax
 import pruning_methods
 import pruning_report
 from pruning_methods import RAMP, STEERED, auxiliary, build, make_optimizer, router_share
-from pruning_tasks import Task
+from text_tasks import Task
 
 from hyperjax import estimators, pruning, training
 from hyperjax.transformer import Config as Sizes

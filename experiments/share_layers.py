@@ -23,12 +23,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import pruning_tasks
 import sharing_pictures
 import sharing_rows
-from pruning_tasks import Characters, load
+import text_tasks
 from sharing_rows import ROWS, Row, converted, scratch, unique
 from sharing_training import earlier, make_evaluate, make_loss, make_optimizer, trained
+from text_tasks import Characters, load
 
 from hyperjax import sharing, training
 from hyperjax.pruning import costs
@@ -267,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = training.parse(defaults, ("preset", "data"), argv, description=__doc__, prog="share_layers.py")
     with (
         training.bad_input(__file__),
-        training.bad_input(pruning_tasks.__file__),
+        training.bad_input(text_tasks.__file__),
         training.bad_input(sharing_rows.__file__),
     ):
         check(config)

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pruning_tasks import Characters
 from sharing_rows import cka_of
+from text_tasks import Characters
 
 from hyperjax.plotting import save
 from hyperjax.transformer import Config, Decoder

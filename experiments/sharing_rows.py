@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pruning_tasks import Characters
+from text_tasks import Characters
 
 from hyperjax import paramtree, sharing
 from hyperjax.pruning import costs

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from pruning_tasks import Characters
 from sharing_rows import Row, logits_of, replanned
+from text_tasks import Characters
 
 from hyperjax import sharing, training
 from hyperjax.distillation import distillation

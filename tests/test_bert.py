@@ -91,7 +91,7 @@ def unique(maps, rank=None):
     through = None if rank is None else LowRank(rank)
     tokens = jnp.zeros((1, 8), jnp.int32)
     tied = sharing.tie(model, sharing.layer_ties(maps, through), tokens)
-    native = Bert(BertConfig(attention_map=maps.attention, ffn_map=maps.ffn, norm_map=maps.norm))
+    native = Bert(maps.on(BertConfig()))
     counts = [paramtree.count(jax.eval_shape(net.init, KEY, tokens)["params"]) for net in (tied, native)]
     assert rank is not None or counts[0] == counts[1]
     return counts[0]
@@ -126,7 +126,7 @@ def test_layers_can_share(read, expected):
     np.testing.assert_array_equal(same.apply({"params": params}, expected["tokens"])["features"], whole)
     maps = Maps.same((0, 0, 2))
     tied, start = sharing.convert(Bert(config), params, maps, expected["tokens"], aligned=True)
-    native = Bert(dataclasses.replace(config, attention_map=(0, 0, 2), ffn_map=(0, 0, 2)))
+    native = Bert(maps.on(config))
     np.testing.assert_allclose(
         tied.apply({"params": start}, expected["tokens"])["features"],
         native.apply({"params": start}, expected["tokens"])["features"],

@@ -10,9 +10,9 @@ import dynamic_pruning as script
 import jax
 import numpy as np
 import pruning_methods as methods
-import pruning_tasks as tasks
 import pruning_training as learning
 import pytest
+import text_tasks as tasks
 
 from hyperjax import training, transformer
 from hyperjax.pruning import costs

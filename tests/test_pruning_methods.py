@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pruning_methods as methods
 import pruning_report as report
-import pruning_tasks as tasks
 import pruning_training as learning
 import pytest
+import text_tasks as tasks
 
 from hyperjax import paramtree
 from hyperjax.pruning import Experts, costs

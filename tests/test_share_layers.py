@@ -5,10 +5,10 @@ import signal
 
 import jax
 import numpy as np
-import pruning_tasks as tasks
 import pytest
 import share_layers as script
 import sharing_rows as rows
+import text_tasks as tasks
 
 from hyperjax import sharing, training
 from hyperjax.pruning import costs

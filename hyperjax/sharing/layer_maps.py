@@ -8,11 +8,10 @@ N loops over the weights, G groups.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
-
-from hyperjax.transformer import Config
+from typing import Any, NamedTuple, TypeVar
 
 LayerMap = tuple[int, ...]
+Sized = TypeVar("Sized")
 
 
 class Maps(NamedTuple):
@@ -33,16 +32,17 @@ class Maps(NamedTuple):
         """One map for attention and feed-forward networks; private norms."""
         return cls(layer_map, layer_map)
 
-    def on(self, config: Config) -> Config:
-        """The config with these maps.
+    def on(self, config: Sized) -> Sized:
+        """The config with these maps: a Transformer's, or BERT's.
 
         Raises:
             ValueError: a map is not of its number of layers, or points to a layer that is not there.
         """
+        sized: Any = config
         for name, layer_map in self._asdict().items():
             if layer_map is not None:
-                check_map(layer_map, config.layers, f"the {name} map")
-        return dataclasses.replace(config, attention_map=self.attention, ffn_map=self.ffn, norm_map=self.norm)
+                check_map(layer_map, sized.layers, f"the {name} map")
+        return dataclasses.replace(sized, attention_map=self.attention, ffn_map=self.ffn, norm_map=self.norm)
 
 
 def identity(layers: int) -> LayerMap:

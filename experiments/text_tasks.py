@@ -1,4 +1,4 @@
-"""What the networks of dynamic_pruning.py learn: characters of a text, or the class of passages of any length.
+"""What Transformers learn in experiments: characters of a text, or the class of passages of any length.
 
 B samples, L positions, V outputs, G groups of positions.
 """
@@ -193,7 +193,7 @@ Task = Characters | Passages
 
 
 def load(config: Any, seed: int) -> Task:
-    """The task of a configuration of dynamic_pruning.py."""
+    """The task of an experiment's configuration."""
     if config.data in ("pydoc", "ptb"):
         corpus = load_corpus(config.data, config.data_dir)
         return Characters(corpus, config.length, config.prompt, config.batch, seed, config.eval_windows)
