@@ -1,7 +1,7 @@
 """Transformers whose layers share weights, from scratch and by conversion, beside unshared and shallower ones.
 
     python experiments/share_layers.py --preset quick                         # characters of help texts, 3 minutes
-    python experiments/share_layers.py --preset cpu --data-dir DIR            # Penn Treebank, three seeds, an hour
+    python experiments/share_layers.py --preset cpu --data-dir DIR            # Penn Treebank, three seeds, two hours
 
 Rows from scratch: `unshared`; `shallow`, as many layers as there are sets of weights, and `wide`, the same at the
 unshared network's operations; `groups`, `cycle`, `cycle_reverse`, `middle_cycle` and `random` maps of `--sets` sets;
