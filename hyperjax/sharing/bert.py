@@ -11,9 +11,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hyperjax.sharing.layer_maps import check_map
-from hyperjax.transformer.checks import check_mask, check_tokens
+from hyperjax.transformer.checks import check_mask, check_tokens, known
 from hyperjax.transformer.model import drop
 
 Array = jax.Array
@@ -73,12 +74,18 @@ class BertConfig:
                 raise ValueError(f"{name} is {value!r}, expected a whole number from 1")
         if self.width % self.heads:
             raise ValueError(f"heads is {self.heads}, expected a divisor of the width {self.width}")
-        if self.activation not in ACTIVATIONS:
+        if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS:
             raise ValueError(f"activation is {self.activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}, expected a share of at least 0 and below 1")
-        if not 0 < self.eps < 1:
-            raise ValueError(f"eps is {self.eps}, expected a small number above 0, as 1e-12")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout!r}, expected a share of at least 0 and below 1")
+        if not isinstance(self.eps, int | float) or not 0 < self.eps < 1:
+            raise ValueError(f"eps is {self.eps!r}, expected a small number above 0, as 1e-12")
+        try:
+            floating = jnp.issubdtype(self.dtype, jnp.floating)
+        except TypeError:  # the name of no type
+            floating = False
+        if not floating:
+            raise ValueError(f"dtype is {self.dtype!r}, expected a floating type, such as float32 or bfloat16")
         for kind in ("attention", "ffn", "norm"):
             check_map(self.weights_of(kind), self.layers, f"{kind}_map")
 
@@ -123,7 +130,8 @@ class Bert(nn.Module):
             [B, L, D]; `layers`: of each its `state` and its updates `attention` and `ffn`, before they are added.
 
         Raises:
-            ValueError: tokens are no whole numbers [B, L] of the vocabulary, or longer than the table of positions.
+            ValueError: tokens are no whole numbers [B, L] of the vocabulary, or longer than the table of positions; or
+                mask or types do not fit them.
         """
         c = self.config
         check_tokens(tokens, c.vocabulary)
@@ -132,9 +140,7 @@ class Bert(nn.Module):
         if mask is not None:
             check_mask("mask", mask, tokens.shape)
         if types is not None:
-            if types.shape != tokens.shape:
-                raise ValueError(f"types have shape {types.shape}, expected {tokens.shape}, as the tokens")
-            check_tokens(types, c.types)
+            _check_types(types, tokens.shape, c.types)
         kinds = jnp.zeros(tokens.shape, int) if types is None else types
         x_BLD = self.embedding(tokens) + self.position(jnp.arange(tokens.shape[1]))[None] + self.type(kinds)
         first, rest = (None, None) if key is None else tuple(jax.random.split(key))
@@ -231,3 +237,14 @@ class BertFeedForward(nn.Module):
         down_bias = self.param("down_bias", ZEROS, (self.width,))
         u_BLF = ACTIVATIONS[self.activation](x_BLD @ up.astype(self.dtype) + up_bias.astype(self.dtype)[None, None])
         return u_BLF @ down.astype(self.dtype) + down_bias.astype(self.dtype)[None, None]
+
+
+def _check_types(types: Any, shape: tuple[int, ...], number: int) -> None:
+    found, dtype = getattr(types, "shape", None), getattr(types, "dtype", type(types).__name__)
+    if found != shape or not np.issubdtype(dtype, np.integer):
+        raise ValueError(f"types have shape {found} and type {dtype}, expected whole numbers {shape}, as the tokens")
+    values = known(types)
+    if values is not None and values.size and not 0 <= values.min() <= values.max() < number:
+        raise ValueError(
+            f"types run from {values.min()} to {values.max()}, expected 0 to {number - 1}: there are {number} types"
+        )

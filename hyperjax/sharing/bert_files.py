@@ -36,7 +36,7 @@ def read_bert(path: Any, config: BertConfig | None = None) -> tuple[BertConfig, 
     Args:
         path: a directory with `config.json` and `model.safetensors`, or its index and several files; or one such file,
             with `config.json` beside it.
-        config: sizes, in place of `config.json`.
+        config: sizes, in place of `config.json`. With maps, the weights that no layer uses are read all the same.
 
     Returns:
         (config, parameters in float32). Weights of pre-training's heads are left out; where the pooler's are missing,
@@ -49,8 +49,12 @@ def read_bert(path: Any, config: BertConfig | None = None) -> tuple[BertConfig, 
     path = Path(path)
     files = _files(path)
     config = _config(path if path.is_dir() else path.parent) if config is None else config
-    found = {_name(name): tensor for file in files for name, tensor in _tensors(file).items()}
-    found = {name: tensor for name, tensor in found.items() if not name.startswith(LEFT_OUT)}
+    found: dict[str, np.ndarray] = {}
+    for name, tensor in ((_name(name), tensor) for file in files for name, tensor in _tensors(file).items()):
+        if name in found:
+            raise ValueError(f"{path} holds {name} twice, expected it once, with or without the prefix 'bert.'")
+        if not name.startswith(LEFT_OUT):
+            found[name] = tensor
     config = dataclasses.replace(config, pooler=config.pooler and any(name.startswith("pooler.") for name in found))
     own = dataclasses.replace(config, attention_map=None, ffn_map=None, norm_map=None)  # as a file has them
     wanted = _wanted(own)
@@ -62,6 +66,8 @@ def read_bert(path: Any, config: BertConfig | None = None) -> tuple[BertConfig, 
     for name, (place, shape, change) in wanted.items():
         if found[name].shape != shape:
             raise ValueError(f"{name} in {path} has shape {found[name].shape}, expected {shape}, by the config")
+        if not jnp.issubdtype(found[name].dtype, jnp.floating):
+            raise ValueError(f"{name} in {path} has type {found[name].dtype}, expected a floating type, as float32")
         flat[place] = jnp.asarray(change(np.asarray(found[name], np.float32)))
     return config, unflatten_dict(flat, sep="/")
 
