@@ -26,30 +26,48 @@ Batch = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
+class Variant:
+    """A row of a case.
+
+    Attributes:
+        ties: what is tied.
+        loss: (apply, batch) -> scalar, where apply(inputs) computes the network.
+        quality: (apply) -> number, of the test.
+        trained: regular expression, which fits the beginnings of the paths of what is trained; the rest stays fixed.
+        after: variant that is trained before, and whose parameters this one starts from; None: from its seed.
+    """
+
+    ties: list[Tie]
+    loss: Callable[[Any, Batch], Array]
+    quality: Callable[[Any], float]
+    trained: str = ""
+    after: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Case:
     """A network with and without ties, and what it learns.
 
     Attributes:
         module: the network.
-        ties: by variant, what is tied.
-        example: an input of it.
+        variants: by name; the untied one comes last.
+        example: an input of the network.
         batch_at: number of a step -> batch.
-        loss: (apply, batch) -> scalar, where apply(inputs) computes the network.
-        quality: (apply) -> number, of the test.
         unit: "accuracy", higher is better; or "bpc", lower is.
-        first: loss of a stage before, as long, of the untied network; None without any.
-        more: further figures: by name, a function as `quality`.
+        two_rates: whether parameters that "tied" shares have a learning rate of their own, tied or not.
     """
 
     module: nn.Module
-    ties: dict[str, list[Tie]]
+    variants: dict[str, Variant]
     example: Any
     batch_at: Callable[[int], Batch]
-    loss: Callable[[Any, Batch], Array]
-    quality: Callable[[Any], float]
     unit: str = "accuracy"
-    first: Callable[[Any, Batch], Array] | None = None
-    more: dict[str, Callable[[Any], float]] = dataclasses.field(default_factory=dict)
+    two_rates: bool = False
+
+
+def tied_and_untied(ties: list[Tie], *learned: Any) -> dict[str, Variant]:
+    """The two variants of most cases."""
+    return {"tied": Variant(ties, *learned), "untied": Variant([], *learned)}
 
 
 def cross_entropy(logits: Array, labels: Any) -> Array:
@@ -106,18 +124,20 @@ def digits(module: nn.Module, ties: list[Tie], batch: int, seed: int, shaped: Ca
     test, labels = shaped(images.floats(images.test)), images.test.labels
     return Case(
         module,
-        {"tied": ties, "untied": []},
+        tied_and_untied(
+            ties,
+            lambda apply, batch: cross_entropy(apply(shaped(batch["images"])), batch["labels"]),
+            lambda apply: accuracy(apply(test), labels),
+        ),
         shaped(images.floats(images.train)[:2]),
         batches.batch_at,
-        lambda apply, batch: cross_entropy(apply(shaped(batch["images"])), batch["labels"]),
-        lambda apply: accuracy(apply(test), labels),
     )
 
 
 def embedding(batch: int, seed: int, _: Any = None) -> Case:
     """Input and output embeddings of a language model, on characters of the help texts.
 
-    Both start with variance 1 / width, so no start of their own is needed.
+    Both start with variance 1 / width, so the shared one needs no start of its own (`sharing.xavier`).
     """
     task = Characters(load_corpus("pydoc"), 64, 16, batch, seed, 128)
     model = Decoder(Config(task.vocabulary, layers=2, width=48, heads=4, ffn=96))
@@ -132,11 +152,9 @@ def embedding(batch: int, seed: int, _: Any = None) -> Case:
 
     return Case(
         model,
-        {"tied": ties, "untied": []},
+        tied_and_untied(ties, lambda apply, batch: task.loss(apply(batch["tokens"])["logits"], batch), bpc),
         task.batch_at(0)["tokens"],
         task.batch_at,
-        lambda apply, batch: task.loss(apply(batch["tokens"])["logits"], batch),
-        bpc,
         "bpc",
     )
 
@@ -162,7 +180,10 @@ class TextTasks(nn.Module):
 
 
 def tasks(batch: int, seed: int, _: Any = None) -> Case:
-    """Two tasks, of five and three classes, on one embedding and convolution: which subject, and how it is shuffled."""
+    """Two tasks, of five and three classes, on one embedding and convolution: which subject, and how it is shuffled.
+
+    What they share moves at a rate of its own: two losses pull at it, and the heads have but one each.
+    """
     made = {
         name: text_classes(load_corpus("pydoc"), name, length=64, per_class=(400, 50, 100))
         for name in ("topic", "shuffled")
@@ -183,20 +204,19 @@ def tasks(batch: int, seed: int, _: Any = None) -> Case:
         return {"inputs": inputs(drawn), "labels": {name: part["labels"] for name, part in drawn.items()}}
 
     tests = {name: data.test._asdict() for name, data in made.items()}
-    model = TextTasks(len(symbols), {name: len(data.classes) for name, data in made.items()})
-    return Case(
-        model,
-        {"tied": [Tie(r"(embed|conv)_shuffled/(.*)", to=r"\1_topic/\2")], "untied": []},
-        batch_at(0)["inputs"],
-        batch_at,
-        lambda apply, batch: sum(
+
+    def loss(apply: Any, batch: Batch) -> Array:
+        return sum(
             (cross_entropy(logits, batch["labels"][name]) for name, logits in apply(batch["inputs"]).items()),
             jnp.zeros(()),
-        ),
-        lambda apply: float(
-            np.mean([accuracy(out, tests[name]["labels"]) for name, out in apply(inputs(tests)).items()])
-        ),
-    )
+        )
+
+    def quality(apply: Any) -> float:
+        return float(np.mean([accuracy(out, tests[name]["labels"]) for name, out in apply(inputs(tests)).items()]))
+
+    model = TextTasks(len(symbols), {name: len(data.classes) for name, data in made.items()})
+    ties = [Tie(r"(embed|conv)_shuffled/(.*)", to=r"\1_topic/\2")]
+    return Case(model, tied_and_untied(ties, loss, quality), batch_at(0)["inputs"], batch_at, two_rates=True)
 
 
 class TeacherAndStudent(nn.Module):
@@ -217,7 +237,10 @@ class TeacherAndStudent(nn.Module):
 
 
 def student(batch: int, seed: int, _: Any = None) -> Case:
-    """A student half of whose channels are its trained teacher's, and that learns the teacher's answers too."""
+    """A student half of whose channels are its trained teacher's, and that learns the teacher's answers too.
+
+    The teacher is trained first and stays as it is; `own` is the same student with all channels its own.
+    """
 
     def lent(part: Any) -> Callable[[Array], Array]:
         return lambda w: jax.lax.stop_gradient(w[part])  # the teacher stays as it is
@@ -228,21 +251,26 @@ def student(batch: int, seed: int, _: Any = None) -> Case:
         Tie("student_0/bias", to="teacher_0/bias", through=lent(np.s_[:4]), part=np.s_[:4]),
         Tie("student_1/kernel", to="teacher_1/kernel", through=lent(second), part=second),
     ]
-    case = digits(TeacherAndStudent(), ties, batch, seed, lambda images: images)
+    case = digits(TeacherAndStudent(), [], batch, seed, lambda images: images)
     images = load_images("digits")
     test, labels = images.floats(images.test), images.test.labels
+
+    def alone(apply: Any, batch: Batch) -> Array:
+        return cross_entropy(apply(batch["images"])[0], batch["labels"])
 
     def taught(apply: Any, batch: Batch) -> Array:
         teacher, student = apply(batch["images"])
         return cross_entropy(student, batch["labels"]) + distillation(student, teacher).mean()
 
-    return dataclasses.replace(
-        case,
-        loss=taught,
-        first=lambda apply, batch: cross_entropy(apply(batch["images"])[0], batch["labels"]),
-        quality=lambda apply: accuracy(apply(test)[1], labels),
-        more={"teacher_accuracy": lambda apply: accuracy(apply(test)[0], labels)},
-    )
+    def student_accuracy(apply: Any) -> float:
+        return accuracy(apply(test)[1], labels)
+
+    variants = {
+        "teacher": Variant([], alone, lambda apply: accuracy(apply(test)[0], labels), "teacher"),
+        "borrowing": Variant(ties, taught, student_accuracy, "student", after="teacher"),
+        "own": Variant([], taught, student_accuracy, "student", after="teacher"),
+    }
+    return dataclasses.replace(case, variants=variants)
 
 
 class GraphNet(nn.Module):
@@ -265,20 +293,20 @@ class GraphNet(nn.Module):
 
 
 def graph(batch: int, seed: int, given: Graph | None = None) -> Case:
-    """A graph convolution at three depths: the karate club, of whose members two are known in each faction."""
+    """A graph convolution at three depths: of few nodes the labels are told, and it tells those of the others."""
     data = karate(seed) if given is None else given
-    inputs, known = (data.normalized(), data.features), jnp.asarray(data.train, jnp.float32)
+    inputs = (jnp.asarray(data.normalized()), jnp.asarray(data.features))
+    step = {"inputs": inputs, "known": np.flatnonzero(data.train)}  # the same each time: the whole graph
 
     def loss(apply: Any, batch: Batch) -> Array:
-        each = optax.softmax_cross_entropy_with_integer_labels(apply(inputs), data.labels)
-        return (each * known).sum() / known.sum()
+        return cross_entropy(apply(batch["inputs"])[batch["known"]], data.labels[data.train])
 
     def quality(apply: Any) -> float:
         return accuracy(np.asarray(apply(inputs))[~data.train], data.labels[~data.train])
 
     module = GraphNet(int(data.labels.max()) + 1)
     ties = [Tie(r"layer_[12]/(.*)", to=r"layer_0/\1")]
-    return Case(module, {"tied": ties, "untied": []}, inputs, lambda step: {}, loss, quality)
+    return Case(module, tied_and_untied(ties, loss, quality), inputs, lambda _: step)
 
 
 CASES: dict[str, Callable[..., Case]] = {
@@ -289,3 +317,4 @@ CASES: dict[str, Callable[..., Case]] = {
     "student": student,
     "graph": graph,
 }
+VARIANTS = dict.fromkeys(CASES, ("tied", "untied")) | {"student": ("teacher", "borrowing", "own")}

@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hyperjax.data.download import one_line
+from hyperjax.data.sources import DAMAGED
+
 MEMBERS = 34
 # Zachary, "An information flow model for conflict and fission in small groups" (1977): who met whom outside the club.
 MEETINGS = {
@@ -81,7 +84,7 @@ def read_graph(path: str | Path) -> Graph:
     a line. Where no mask says whose labels are told, they are those of 20 nodes of each class, or of half of them.
 
     Raises:
-        ValueError: there is no such file, or it is damaged or lacks something.
+        ValueError: there is no such file, or it is damaged, lacks something, or is no graph that can be learned from.
     """
     path = Path(path)
     if not path.is_file():
@@ -93,11 +96,21 @@ def read_graph(path: str | Path) -> Graph:
             f"{path} has features {features.shape} and labels {labels.shape} of {labels.dtype}, expected [nodes, "
             "width] and [nodes] whole numbers"
         )
-    if not np.isfinite(features).all() or labels.min() < 0:
-        raise ValueError(f"{path} has features that are not finite or labels below 0; clean it")
+    if features.dtype.kind not in "fiub" or features.shape[1] < 1:
+        raise ValueError(f"{path} has features {features.shape} of {features.dtype}, expected at least one real number")
+    if not (np.abs(features) <= np.finfo(np.float32).max).all():
+        raise ValueError(f"{path} has features that are not finite in float32; clean or rescale them")
+    if labels.min() < 0 or labels.max() >= nodes or (labels == labels[0]).all():
+        raise ValueError(
+            f"{path} has labels from {labels.min()} to {labels.max()}, expected two classes or more, numbered from 0"
+        )
     if edges.ndim != 2 or edges.shape[1] != 2 or not np.issubdtype(edges.dtype, np.integer):
         raise ValueError(f"{path} has edges {edges.shape} of {edges.dtype}, expected [edges, 2] whole numbers")
-    if edges.size and not 0 <= edges.min() <= edges.max() < nodes:
+    if not len(edges):
+        raise ValueError(
+            f"{path} has no edges between its nodes, expected one or more; are the ids those of the nodes?"
+        )
+    if not 0 <= edges.min() <= edges.max() < nodes:
         raise ValueError(f"{path} has edges from node {edges.min()} to {edges.max()}, expected 0 to {nodes - 1}")
     if mask is None:
         mask = np.zeros(nodes, bool)
@@ -108,16 +121,19 @@ def read_graph(path: str | Path) -> Graph:
         raise ValueError(
             f"{path} has a train_mask {mask.shape} of {mask.dtype}, expected bool [{nodes}], some True, some not"
         )
-    return Graph(edges, features.astype(np.float32), labels.astype(np.int32), mask)
+    return Graph(edges.astype(np.int64), features.astype(np.float32), labels.astype(np.int32), mask)
 
 
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no whole npz; write it with numpy.savez")
     try:
         with np.load(path, allow_pickle=False) as file:
             lacking = [name for name in ("edges", "features", "labels") if name not in file]
-            found = {name: file[name] for name in (*file,) if name in ("edges", "features", "labels", "train_mask")}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no whole npz: {str(error).splitlines()[0]}") from None
+            wanted = ("edges", "features", "labels", "train_mask")
+            found = {name: np.asarray(file[name]) for name in wanted if name in file}
+    except (*DAMAGED, ValueError) as error:
+        raise ValueError(f"{path} is no whole npz: {one_line(error)}") from None
     if lacking:
         raise ValueError(f"{path} lacks {', '.join(lacking)}, expected edges, features and labels")
     return found["edges"], found["features"], found["labels"], found.get("train_mask")
@@ -127,18 +143,27 @@ def _read_content(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, None]
     cites = path.with_suffix(".cites")
     if path.suffix != ".content" or not cites.is_file():
         raise ValueError(f"--data-file is {path}, expected an .npz, or a .content with {cites.name} beside it")
-    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [line.split("\t") for line in _lines(path)]
     if not rows or len({len(row) for row in rows}) > 1 or len(rows[0]) < 3:
         raise ValueError(f"{path} has lines of several lengths or too few fields, expected id, features, label by tabs")
     number = {row[0]: n for n, row in enumerate(rows)}
+    if len(number) < len(rows):
+        raise ValueError(f"{path} has {len(rows)} lines and {len(number)} ids, expected an id of its own for each line")
     classes = sorted({row[-1] for row in rows})
     try:
         features = np.array([row[1:-1] for row in rows], np.float32)
     except ValueError as error:
         raise ValueError(f"{path} has a feature that is no number: {error}") from None
-    pairs = [line.split() for line in cites.read_text(encoding="utf-8").splitlines() if line.strip()]
+    pairs = [line.split() for line in _lines(cites)]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"{cites} has a line without two ids")
     edges = [(number[a], number[b]) for a, b in pairs if a in number and b in number]  # Citeseer cites papers it lacks
     labels = np.array([classes.index(row[-1]) for row in rows])
     return np.array(edges, np.int64).reshape(-1, 2), features, labels, None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 (byte {error.start}); convert it") from None

@@ -29,25 +29,25 @@ def test_a_run_leaves_what_it_should(finished):
     summary = json.loads((finished / "summary.json").read_text())
     needed = "params params_unique seconds device jax_version git_commit seed"
     assert set(needed.split()) <= summary.keys()
-    for name in cases.CASES:
+    for name, variants in cases.VARIANTS.items():
         unit = "bpc" if name == "embedding" else "accuracy"
-        tied, whole = (
-            {key: summary[f"{name}_{v}_{key}"] for key in ("params_unique", "params_bytes", "optimizer_bytes")}
-            for v in ("tied", "untied")
-        )
-        for variant, own in (("tied", tied), ("untied", whole)):
+        for variant in variants:
+            own = {key: summary[f"{name}_{variant}_{key}"] for key in ("params_unique", "params_bytes")}
+            adam, peak = (summary[f"{name}_{variant}_{key}_bytes"] for key in ("optimizer", "peak"))
             assert own["params_bytes"] == 4 * own["params_unique"]
-            assert 8 * own["params_unique"] <= own["optimizer_bytes"] <= 8 * own["params_unique"] + 8
-            assert summary[f"{name}_{variant}_peak_bytes"] > own["params_bytes"] + own["optimizer_bytes"]
+            assert 8 * own["params_unique"] <= adam <= 8 * own["params_unique"] + 8
+            assert peak > own["params_bytes"] + adam
             assert 0 <= summary[f"{name}_{variant}_{unit}_mean"] < 9
             assert summary[f"{name}_{variant}_ms_per_step"] > 0
-        assert tied["params_unique"] < whole["params_unique"]
-        assert -1.001 <= summary[f"{name}_tied_cosine_mean"] <= 1.001
-        assert f"{name}_untied_cosine_mean" not in summary
+        assert summary[f"{name}_{variants[-2]}_params_unique"] < summary[f"{name}_{variants[-1]}_params_unique"]
+        between = {variant for variant in variants if f"{name}_{variant}_cosine_mean" in summary}
+        assert between == (set() if name == "student" else {"tied"})  # a teacher that lends gets no gradient back
+        assert all(-1.001 <= summary[f"{name}_{variant}_cosine_mean"] <= 1.001 for variant in between)
     assert summary["conv_untied_params_unique"] - summary["conv_tied_params_unique"] == 2 * (9 * 16 * 16 + 16)
-    assert summary["student_untied_params_unique"] - summary["student_tied_params_unique"] == 9 * 4 + 4 + 9 * 4 * 8
+    assert summary["student_own_params_unique"] - summary["student_borrowing_params_unique"] == 9 * 4 + 4 + 9 * 4 * 8
     rows = training.read_lines(finished / "metrics.jsonl")
-    assert [row["case"] for row in rows] == [name for name in cases.CASES for _ in range(2)]
+    wanted = [(name, variant) for name, variants in cases.VARIANTS.items() for variant in variants]
+    assert [(row["case"], row["variant"]) for row in rows] == wanted
     assert (finished / "basics.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -78,25 +78,42 @@ def test_a_stopped_run_goes_on_after_the_last_network(finished, tmp_path, monkey
 
 def test_a_student_has_its_teachers_channels_and_moves_none():
     config, case = script.Config(steps=4, batch=8), cases.student(8, 0)
-    net, params = script.fit(config, case, "tied", 0, "student")
+    net, params = script.fit(config, case, "borrowing", 0, "student")
     full = net.expand(params)
     np.testing.assert_array_equal(full["student_0"]["kernel"][..., :4], full["teacher_0"]["kernel"][..., :4])
     np.testing.assert_array_equal(full["student_1"]["kernel"][:, :, :4, :8], full["teacher_1"]["kernel"][:, :, :4, :8])
-    other = script.fit(config, case, "untied", 0, "student")[1]  # the teacher of the first stage is the same
+    other, teacher = (script.fit(config, case, variant, 0, "student")[1] for variant in ("own", "teacher"))
     for name in ("teacher_0", "teacher_1", "teacher_head"):
-        jax.tree.map(np.testing.assert_array_equal, params[name], other[name])
+        jax.tree.map(np.testing.assert_array_equal, params[name], teacher[name])
+        jax.tree.map(np.testing.assert_array_equal, other[name], teacher[name])
     assert set(params["student_1"]["kernel"]) == {"rest_2", "rest_3"}
 
 
-def test_groups_have_their_own_rates():
-    case = cases.conv(8, 0)
-    net = sharing.tie(case.module, case.ties["tied"], case.example)
-    params = net.init(jax.random.key(0), case.example)["params"]
-    config = script.Config(shared_rate=1e-3, private_rate=1e-2)
-    step, state = script.make_step(config, net, params, case.loss)
-    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), step(params, state, case.batch_at(0))[0], params)
-    assert moved["conv_0"]["kernel"] == pytest.approx(1e-3, rel=1e-2)  # of Adam's first step
-    assert moved["head"]["kernel"] == pytest.approx(1e-2, rel=1e-2)
+@pytest.mark.parametrize("variant", ["tied", "untied"])
+def test_what_is_shared_has_its_own_rate_tied_or_not(variant):
+    config, case = script.Config(), cases.tasks(8, 0)
+    net = sharing.tie(case.module, case.variants[variant].ties, case.example)
+    params = net.fit(script.start(case, 0))
+    if variant == "tied":
+        assert script.groups(case, variant, net, params) == net.labels(params)
+    step, state = script.make_step(config, case, variant, net, params)
+    before = jax.tree.map(np.array, params)  # the step takes the memory of its arguments
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), step(params, state, case.batch_at(0))[0], before)
+    assert ("conv_shuffled" in moved) == (variant == "untied")
+    for name, each in moved.items():  # Adam's first step is the rate
+        rate = config.private_rate if name.startswith("head") else config.shared_rate
+        assert max(jax.tree.leaves(each)) == pytest.approx(rate, rel=1e-2)
+
+
+def test_other_cases_have_one_rate():
+    config, case = script.Config(learning_rate=2e-3), cases.graph(8, 0)
+    net = sharing.tie(case.module, case.variants["tied"].ties, case.example)
+    params = net.fit(script.start(case, 0))
+    step, state = script.make_step(config, case, "tied", net, params)
+    before = jax.tree.map(np.array, params)
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), step(params, state, case.batch_at(0))[0], before)
+    assert max(jax.tree.leaves(moved)) == pytest.approx(2e-3, rel=1e-2)
+    assert max(jax.tree.leaves(moved["layer_0"])) == pytest.approx(2e-3, rel=1e-2)
 
 
 def test_the_karate_club():
@@ -151,6 +168,12 @@ def test_graphs_are_read_from_files(tmp_path):
         ({"labels": np.arange(11)}, "has features (12, 5) and labels (11,) of int64"),
         ({"labels": np.linspace(0, 1, 12)}, "labels (12,) of float64"),
         ({"features": np.full((12, 5), np.nan)}, "features that are not finite"),
+        ({"features": np.full((12, 5), 1e300)}, "features that are not finite in float32"),
+        ({"features": np.full((12, 5), "x")}, "has features (12, 5) of <U1, expected at least one real number"),
+        ({"features": np.zeros((12, 0))}, "has features (12, 0) of float64"),
+        ({"labels": np.zeros(12, int)}, "has labels from 0 to 0, expected two classes or more"),
+        ({"labels": np.arange(12) * 10**6}, "has labels from 0 to 11000000, expected two classes or more"),
+        ({"edges": np.zeros((0, 2), int)}, "has no edges between its nodes"),
         ({"train_mask": np.ones(12, bool)}, "has a train_mask (12,) of bool, expected bool [12], some True, some not"),
         ({"train_mask": np.ones(12)}, "has a train_mask (12,) of float64"),
     ],
@@ -161,6 +184,13 @@ def test_bad_graphs_are_one_line(tmp_path, capsys, changes, line):
 
 
 def test_bad_files_are_one_line(tmp_path, capsys):
+    np.save(tmp_path / "array.npy", np.ones(3))
+    np.savez(tmp_path / "whole.npz", **arrays())
+    changed = bytearray((tmp_path / "whole.npz").read_bytes())
+    changed[150] ^= 255
+    for damaged in (b"", (tmp_path / "array.npy").read_bytes(), bytes(changed), bytes(changed[:-60])):
+        (tmp_path / "b.npz").write_bytes(damaged)
+        assert_refused(["--cases", "graph", f"--data-file={tmp_path / 'b.npz'}"], tmp_path / "run", "no whole", capsys)
     for name, text, line in (
         ("a.npz", "no zip", "is no whole npz"),
         ("a.content", "p1\t0\tA\n", "expected an .npz, or a .content with a.cites beside it"),
@@ -171,12 +201,18 @@ def test_bad_files_are_one_line(tmp_path, capsys):
     (tmp_path / "a.cites").write_text("p1 p1 p1\n")
     path = tmp_path / "a.content"
     assert_refused(["--cases", "graph", f"--data-file={path}"], tmp_path / "run", "has a line without two ids", capsys)
+    (tmp_path / "a.cites").write_text("p1 p2\n")
     for text, line in (
         ("p1\tx\tA\n", "a feature that is no number"),
         ("p1\t0\tA\np2\tA\n", "lines of several lengths"),
+        ("p1\t0\tA\np1\t1\tB\n", "has 2 lines and 1 ids"),
+        ("p1\t0\tcaf\udce9\np2\t1\tB\n", "is no text in UTF-8 (byte 8)"),
     ):
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8", errors="surrogateescape")
         assert_refused(["--cases", "graph", f"--data-file={path}"], tmp_path / "run", line, capsys)
+    path.write_text("p1\t0\tA\np2\t1\tB\np3\t1\tB\n")
+    (tmp_path / "a.cites").write_text("q1 q2\n")
+    assert_refused(["--cases", "graph", f"--data-file={path}"], tmp_path / "run", "has no edges between", capsys)
 
 
 @pytest.mark.parametrize(
