@@ -3,6 +3,7 @@
     python experiments/char_lm.py --preset quick                     # this Python's help texts, a few minutes on a CPU
     python experiments/char_lm.py --preset cpu --model ln_lstm       # Penn Treebank, 1M parameters, an hour or two
     python experiments/char_lm.py --preset paper --model hyper_lstm  # Table 3, for an accelerator
+    python experiments/char_lm.py --preset reduced --model lstm      # its rows at a quarter of their width, on a CPU
 
 Give every model a --workdir of its own. The same command again resumes a run, or prints the summary of a finished one.
 """
@@ -37,8 +38,8 @@ FREE = ("workdir", "data_dir", "save_minutes", "keep_checkpoints")  # a run may 
 class Config:
     """Settings of a run; --preset and --model choose the defaults of the others."""
 
-    preset: str = "quick"  # quick, cpu or paper
-    model: str = "ln_hyper_lstm"  # quick, cpu: lstm ln_lstm hyper_rnn hyper_lstm ln_hyper_lstm; paper: a row of Table 3
+    preset: str = "quick"  # quick, cpu, reduced or paper
+    model: str = "ln_hyper_lstm"  # quick, cpu: lstm ln_lstm hyper_rnn hyper_lstm ln_hyper_lstm; else a row of Table 3
     workdir: str | None = None  # where the run is kept; None is runs/char_lm-PRESET
     corpus: str = "pydoc"  # pydoc, ptb, text8, enwik8, or the path of a UTF-8 file
     data_dir: str | None = None  # folder or archive with the corpus, for those that have to be downloaded
@@ -68,11 +69,15 @@ class Config:
 
 def defaults(preset: str = "quick", model: str = "ln_hyper_lstm") -> Config:
     """The defaults of a preset and a model."""
-    if preset == "paper":
-        _one_of("model", model, PAPER_MODELS, " of --preset paper")
+    _one_of("preset", preset, ("quick", "cpu", "reduced", "paper"))
+    if preset in ("paper", "reduced"):
+        _one_of("model", model, PAPER_MODELS, f" of --preset {preset}")
         row = {name: value for name, value in PAPER_MODELS[model].items() if name != "cell"}
-        return Config(preset, model, corpus="ptb", **row, epochs=100, eval_every=391)
-    _one_of("preset", preset, ("quick", "cpu", "paper"))
+        if preset == "paper":
+            return Config(preset, model, corpus="ptb", **row, epochs=100, eval_every=391)
+        row |= {"units": round(row["units"] * 0.256), "hyper_units": 32, "keep": 1.0}
+        recipe: dict[str, Any] = {"learning_rate": 2e-3, "decay": 0.5, "batch": 32, "epochs": 5, "eval_every": 1567}
+        return Config(preset, model, corpus="ptb", **row, **recipe)
     _one_of("model", model, CELLS, f" of --preset {preset}")
     if preset == "cpu":
         sizes: dict[str, Any] = {"units": UNITS["cpu"][model], "hyper_units": 64}
@@ -116,7 +121,7 @@ def check(config: Config) -> None:
 
 def make_model(config: Config, vocabulary: int) -> LanguageModel:
     """The language model of a configuration."""
-    cell = PAPER_MODELS[config.model]["cell"] if config.preset == "paper" else config.model
+    cell = PAPER_MODELS[config.model]["cell"] if config.preset in ("paper", "reduced") else config.model
     sizes = {name: getattr(config, name) for name in ("units", "layers", "hyper_units", "embedding", "keep")}
     dtype = None if config.dtype == "float32" else config.dtype
     return LanguageModel(cell=cell, vocabulary=vocabulary, **sizes, dtype=dtype, remat_chunk=config.remat_chunk)
