@@ -4,6 +4,7 @@
     python experiments/char_lm.py --preset cpu --model ln_lstm       # Penn Treebank, 1M parameters, an hour or two
     python experiments/char_lm.py --preset paper --model hyper_lstm  # Table 3, for an accelerator
     python experiments/char_lm.py --preset reduced --model lstm      # its rows at a quarter of their width, on a CPU
+    python experiments/char_lm.py --preset wikipedia --corpus text8 --data-dir DIR  # or enwik8, as in Table 4
 
 Give every model a --workdir of its own. The same command again resumes a run, or prints the summary of a finished one.
 """
@@ -31,15 +32,28 @@ UNITS = {
     "cpu": {"lstm": 469, "ln_lstm": 468, "hyper_rnn": 911, "hyper_lstm": 427, "ln_hyper_lstm": 426},
 }
 
-FREE = ("workdir", "data_dir", "save_minutes", "keep_checkpoints")  # a run may resume with other values of these
+# Table 4, enwik8: hyper cell 256, N_z 64. The paper's widths; its recipe is that of Table 3 but for the length.
+WIKIPEDIA: dict[str, dict[str, Any]] = {
+    "ln_lstm": {"cell": "ln_lstm", "units": 1800},
+    "ln_hyper_lstm": {"cell": "ln_hyper_lstm", "units": 1800},
+    "ln_hyper_lstm_2048": {"cell": "ln_hyper_lstm", "units": 2048},
+}
+
+FREE = (
+    "workdir",
+    "data_dir",
+    "save_minutes",
+    "keep_checkpoints",
+    "part_mib",
+)  # a run may resume with other values of these
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Settings of a run; --preset and --model choose the defaults of the others."""
 
-    preset: str = "quick"  # quick, cpu, reduced or paper
-    model: str = "ln_hyper_lstm"  # quick, cpu: lstm ln_lstm hyper_rnn hyper_lstm ln_hyper_lstm; else a row of Table 3
+    preset: str = "quick"  # quick, cpu, reduced, paper or wikipedia
+    model: str = "ln_hyper_lstm"  # lstm ln_lstm hyper_rnn hyper_lstm ln_hyper_lstm, or a row of Table 3 or 4
     workdir: str | None = None  # where the run is kept; None is runs/char_lm-PRESET
     corpus: str = "pydoc"  # pydoc, ptb, text8, enwik8, or the path of a UTF-8 file
     data_dir: str | None = None  # folder or archive with the corpus, for those that have to be downloaded
@@ -60,6 +74,7 @@ class Config:
     log_every: int = 20  # steps between two lines of metrics
     save_minutes: float = 5.0  # longest time between two checkpoints
     keep_checkpoints: int = 2  # how many of the newest checkpoints to keep, beside the best
+    part_mib: int | None = None  # largest file of a checkpoint in MiB, for runs whose checkpoints have to travel
     prime_length: int = 100  # characters of the validation text that the sample at the end goes on from
     sample_length: int = 600  # characters of text to generate
     seed: int = 0  # of initialization, dropout and sampling
@@ -69,7 +84,11 @@ class Config:
 
 def defaults(preset: str = "quick", model: str = "ln_hyper_lstm") -> Config:
     """The defaults of a preset and a model."""
-    _one_of("preset", preset, ("quick", "cpu", "reduced", "paper"))
+    _one_of("preset", preset, ("quick", "cpu", "reduced", "paper", "wikipedia"))
+    if preset == "wikipedia":
+        _one_of("model", model, WIKIPEDIA, " of --preset wikipedia")
+        big: dict[str, Any] = {"hyper_units": 256, "embedding": 64, "length": 250, "epochs": 20, "eval_every": 2800}
+        return Config(preset, model, corpus="enwik8", units=WIKIPEDIA[model]["units"], **big)
     if preset in ("paper", "reduced"):
         _one_of("model", model, PAPER_MODELS, f" of --preset {preset}")
         row = {name: value for name, value in PAPER_MODELS[model].items() if name != "cell"}
@@ -108,7 +127,7 @@ def defaults(preset: str = "quick", model: str = "ln_hyper_lstm") -> Config:
 def check(config: Config) -> None:
     """Raises ValueError for a field that makes no sense."""
     whole = ("units", "layers", "hyper_units", "embedding", "batch", "length", "eval_every", "eval_batch", "log_every")
-    for name in (*whole, "keep_checkpoints", "prime_length", "sample_length", "steps", "remat_chunk"):
+    for name in (*whole, "keep_checkpoints", "prime_length", "sample_length", "steps", "remat_chunk", "part_mib"):
         value = getattr(config, name)
         _expect(value is None or value >= 1, name, value, "a whole number of at least 1")
     for name in ("learning_rate", "clip", "epochs", "save_minutes"):
@@ -121,7 +140,8 @@ def check(config: Config) -> None:
 
 def make_model(config: Config, vocabulary: int) -> LanguageModel:
     """The language model of a configuration."""
-    cell = PAPER_MODELS[config.model]["cell"] if config.preset in ("paper", "reduced") else config.model
+    rows = {"paper": PAPER_MODELS, "reduced": PAPER_MODELS, "wikipedia": WIKIPEDIA}.get(config.preset, {})
+    cell = rows[config.model]["cell"] if rows else config.model
     sizes = {name: getattr(config, name) for name in ("units", "layers", "hyper_units", "embedding", "keep")}
     dtype = None if config.dtype == "float32" else config.dtype
     return LanguageModel(cell=cell, vocabulary=vocabulary, **sizes, dtype=dtype, remat_chunk=config.remat_chunk)
@@ -174,7 +194,7 @@ def run(config: Config, corpus: Corpus, streams: Streams, workdir: training.Work
     optimizer = make_optimizer(config, steps)
     create = make_create(config, model, optimizer)
     checkpoints: training.Checkpoints[training.TrainState] = training.Checkpoints(
-        workdir.path / "checkpoints", config.keep_checkpoints
+        workdir.path / "checkpoints", config.keep_checkpoints, config.part_mib
     )
     text = {"corpus": corpus.name, "fingerprint": corpus.fingerprint}
     with training.bad_input(__file__):  # nothing is compiled in here

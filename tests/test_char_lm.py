@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import char_lm
@@ -15,6 +16,7 @@ import pytest
 from test_language_model import COUNTS
 
 from hyperjax.data import evaluation_windows, load_corpus
+from hyperjax.data.text import wikipedia_corpus
 from hyperjax.recurrent import CELLS, PAPER_MODELS
 
 ROOT = Path(__file__).parents[1]
@@ -133,6 +135,37 @@ def test_the_paper_preset_is_the_papers(row):
     assert config.keep == {"ln_hyper_lstm_large": 0.85, "ln_hyper_lstm_2x": 0.8}.get(row, 0.9)
 
 
+@pytest.mark.parametrize("row", PAPER_MODELS)
+def test_the_reduced_preset_is_a_quarter_of_the_papers(row):
+    whole, config = char_lm.defaults("paper", row), char_lm.defaults("reduced", row)
+    assert config.units / whole.units == config.hyper_units / 125 == 0.256
+    assert (config.layers, config.embedding, config.epochs) == (whole.layers, whole.embedding, 5)
+    assert char_lm.make_model(config, 50).cell == PAPER_MODELS[row]["cell"]
+    assert 1 / 16.5 < parameters(config, 50) / parameters(whole, 50) < 1 / 11
+
+
+@pytest.mark.parametrize(("row", "units"), [("ln_lstm", 1800), ("ln_hyper_lstm", 1800), ("ln_hyper_lstm_2048", 2048)])
+def test_the_wikipedia_preset_is_the_papers(row, units):
+    config = char_lm.defaults("wikipedia", row)
+    assert (config.corpus, config.units, config.length, config.layers) == ("enwik8", units, 250, 1)
+    assert (config.hyper_units, config.embedding, config.learning_rate, config.clip) == (256, 64, 1e-3, 1)
+
+
+@pytest.mark.parametrize("name", ["text8", "enwik8"])
+def test_the_wikipedia_preset_trains_on_a_small_file_of_the_same_format(name, tmp_path, monkeypatch, capsys):
+    text = b"a text of the same format " * 400 if name == "text8" else "<page>naïve 文字</page>\n".encode() * 400
+    (tmp_path / name).write_bytes(text[:9000])
+    load = partial(wikipedia_corpus, sizes=(8000, 500, 500))
+    monkeypatch.setattr(char_lm, "load_corpus", load)
+    small = ["--units=8", "--hyper-units=4", "--embedding=2", "--batch=4", "--steps=3", "--sample-length=5"]
+    arguments = ["--preset=wikipedia", f"--corpus={name}", f"--data-dir={tmp_path}", f"--workdir={tmp_path / 'run'}"]
+    assert char_lm.main([*arguments, *small]) == 0
+    assert f"{name}: 8,000 / 500 / 500 characters" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["corpus"], summary["steps"]) == (name, 3)
+    assert 0 < summary["test_bpc"] < 8
+
+
 def refused(capsys, *arguments):
     """Runs the script on bad input; returns its one line."""
     with pytest.raises(SystemExit) as stop:
@@ -163,7 +196,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "line"),
         [
-            (["--preset=huge"], "preset is 'huge', expected one of quick, cpu, paper"),
+            (["--preset=huge"], "preset is 'huge', expected one of quick, cpu, reduced, paper, wikipedia"),
             (["--model=gru"], "model is 'gru', expected one of --preset quick of lstm, ln_lstm, hyper_rnn"),
             (["--preset=paper", "--model=hyper_rnn"], "lstm_2x1000"),
             (["--unitz=3"], "--unitz is not a field of this experiment; did you mean --units?"),
@@ -174,6 +207,7 @@ class TestBadInput:
             (["--decay=2"], "--decay is 2.0, expected a fraction"),
             (["--batch=0"], "--batch is 0, expected a whole number of at least 1"),
             (["--remat-chunk=0"], "--remat-chunk is 0"),
+            (["--part-mib=0"], "--part-mib is 0"),
             (["--clip=inf"], "--clip is inf"),
             ([f"--seed={2**32}"], "--seed is 4294967296, expected a whole number from 0"),
             ([f"--workdir={'long' * 99}"], "cannot write in longlong"),

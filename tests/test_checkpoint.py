@@ -49,6 +49,19 @@ def test_an_abstract_state_is_enough_to_restore(tmp_path):
     assert_same(Checkpoints(tmp_path).restore(abstract)[0], make_state(1))
 
 
+@pytest.mark.parametrize("part_mib", [1, 2])
+def test_no_file_is_larger_than_a_part(tmp_path, part_mib):
+    state = {"large": jax.random.normal(jax.random.key(0), (1100, 999)), "step": jnp.int32(3)}
+    state |= {"many": [jax.random.normal(jax.random.key(n), (100 + n, 333)) for n in range(20)]}
+    with Checkpoints(tmp_path, part_mib=part_mib) as checkpoints:
+        checkpoints.save(3, state, {}, 1.0)
+    files = [path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()]
+    assert max(files) <= part_mib * 2**20 < 4.2 * 2**20 < sum(files)
+    read = Checkpoints(tmp_path)
+    assert_same(read.restore(jax.eval_shape(lambda: state))[0], state)
+    assert_same(read.restore_best(state), state)
+
+
 def test_no_checkpoint_is_none(tmp_path):
     assert Checkpoints(tmp_path / "absent").restore(make_state()) is None
 
@@ -190,6 +203,8 @@ def test_leftovers_of_an_unfinished_save_are_no_checkpoint(tmp_path):
 def test_arguments_are_checked(tmp_path):
     with pytest.raises(ValueError, match="keep is 0 checkpoints"):
         Checkpoints(tmp_path, 0)
+    with pytest.raises(ValueError, match="part_mib is 0, expected 1 MiB or more"):
+        Checkpoints(tmp_path, part_mib=0)
     with pytest.raises(ValueError, match=r"no checkpoint in .* was evaluated"):
         Checkpoints(tmp_path).restore_best(make_state())
 

@@ -26,19 +26,23 @@ class Checkpoints(Generic[T]):
     Args:
         directory: where they are kept; need not exist.
         keep: how many of the newest to keep, beside the best.
+        part_mib: no file of a checkpoint is larger than so many MiB, so that it travels where large files do not; None
+            leaves the sizes to Orbax. Reading needs no such setting.
 
     Raises:
-        ValueError: `keep` is below 1.
+        ValueError: `keep` or `part_mib` is below 1.
 
     Attributes:
         best: step and value of the best checkpoint saved or restored so far, or None. Lower is better.
         notes: what a restore skipped and why, a sentence each.
     """
 
-    def __init__(self, directory: str | os.PathLike, keep: int = 2):
+    def __init__(self, directory: str | os.PathLike, keep: int = 2, part_mib: int | None = None):
         if keep < 1:
             raise ValueError(f"keep is {keep} checkpoints, expected 1 or more; raise it")
-        self.directory, self.keep = Path(directory).absolute(), keep
+        if part_mib is not None and part_mib < 1:
+            raise ValueError(f"part_mib is {part_mib}, expected 1 MiB or more; raise it, or leave it out")
+        self.directory, self.keep, self.part_mib = Path(directory).absolute(), keep, part_mib
         self.best: tuple[int, float] | None = None
         self.notes: list[str] = []
         self._manager: ocp.CheckpointManager | None = None
@@ -78,7 +82,7 @@ class Checkpoints(Generic[T]):
         body = {"meta": meta, "best": self.best, "arrays": _describe(host), "sha256": _digest(host)}
         body = json.loads(json.dumps(body))  # a copy of its own: it is written while the caller goes on
         item = {**body, "own_sha256": _digest_json(body)}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(host), meta=ocp.args.JsonSave(item))
+        args = ocp.args.Composite(state=self._save_args(host), meta=ocp.args.JsonSave(item))
         if not self._open().save(step, args=args, force=True):
             raise RuntimeError(f"Orbax refused to save step {step} in {self.directory}")
 
@@ -184,6 +188,14 @@ class Checkpoints(Generic[T]):
             )
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         return self._manager
+
+    def _save_args(self, host: T) -> Any:
+        if self.part_mib is None:
+            return ocp.args.StandardSave(host)
+        part = self.part_mib * 2**20
+        # Orbax closes a file once it is past its target, by up to a chunk and its index: hence the margins.
+        chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=part // 8), host)
+        return ocp.args.PyTreeSave(host, save_args=chunks, ocdbt_target_data_file_size=part * 5 // 8)
 
     def _read_item(self, step: int) -> dict[str, Any]:
         """Reads and checks the metadata of one checkpoint; raises Damaged."""
