@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import optax
 
 from hyperjax import training
-from hyperjax.data import Corpus, Streams, evaluation_windows, load_corpus
+from hyperjax.data import Corpus, Streams, evaluation_windows, load_corpus, window_at
 from hyperjax.recurrent import CELLS, PAPER_MODELS, LanguageModel, generate
 
 # Units that give every model the same number of parameters within 1 %: 350,000 on pydoc, 1,000,000 on PTB.
@@ -72,6 +73,7 @@ class Config:
     eval_every: int = 400  # steps between two validations, each followed by a checkpoint
     eval_batch: int = 64  # streams in evaluation; changes its speed, not its result
     log_every: int = 20  # steps between two lines of metrics
+    steps_per_call: int = 1  # steps that the device makes without the host, the text on it; divides the two above
     save_minutes: float = 5.0  # longest time between two checkpoints
     keep_checkpoints: int = 2  # how many of the newest checkpoints to keep, beside the best
     part_mib: int | None = None  # largest file of a checkpoint in MiB, for runs whose checkpoints have to travel
@@ -88,12 +90,12 @@ def defaults(preset: str = "quick", model: str = "ln_hyper_lstm") -> Config:
     if preset == "wikipedia":
         _one_of("model", model, WIKIPEDIA, " of --preset wikipedia")
         big: dict[str, Any] = {"hyper_units": 256, "embedding": 64, "length": 250, "epochs": 20, "eval_every": 2800}
-        return Config(preset, model, corpus="enwik8", units=WIKIPEDIA[model]["units"], **big)
+        return Config(preset, model, corpus="enwik8", units=WIKIPEDIA[model]["units"], **big, steps_per_call=20)
     if preset in ("paper", "reduced"):
         _one_of("model", model, PAPER_MODELS, f" of --preset {preset}")
         row = {name: value for name, value in PAPER_MODELS[model].items() if name != "cell"}
         if preset == "paper":
-            return Config(preset, model, corpus="ptb", **row, epochs=100, eval_every=391)
+            return Config(preset, model, corpus="ptb", **row, epochs=100, steps_per_call=20)
         row |= {"units": round(row["units"] * 0.256), "hyper_units": 32, "keep": 1.0}
         recipe: dict[str, Any] = {"learning_rate": 2e-3, "decay": 0.5, "batch": 32, "epochs": 5, "eval_every": 1567}
         return Config(preset, model, corpus="ptb", **row, **recipe)
@@ -127,9 +129,21 @@ def defaults(preset: str = "quick", model: str = "ln_hyper_lstm") -> Config:
 def check(config: Config) -> None:
     """Raises ValueError for a field that makes no sense."""
     whole = ("units", "layers", "hyper_units", "embedding", "batch", "length", "eval_every", "eval_batch", "log_every")
-    for name in (*whole, "keep_checkpoints", "prime_length", "sample_length", "steps", "remat_chunk", "part_mib"):
+    for name in (
+        *whole,
+        "keep_checkpoints",
+        "prime_length",
+        "sample_length",
+        "steps",
+        "remat_chunk",
+        "part_mib",
+        "steps_per_call",
+    ):
         value = getattr(config, name)
         _expect(value is None or value >= 1, name, value, "a whole number of at least 1")
+    for name in ("eval_every", "log_every"):
+        value, each = getattr(config, name), config.steps_per_call
+        _expect(value % each == 0, name, value, f"a multiple of --steps-per-call, {each}")
     for name in ("learning_rate", "clip", "epochs", "save_minutes"):
         value = getattr(config, name)
         _expect(0 < value < math.inf, name, value, "a positive number")
@@ -175,6 +189,15 @@ def make_loss(model: LanguageModel) -> training.state.LossFn:
     return loss_fn
 
 
+def make_advance(config: Config, loss: training.state.LossFn, optimizer: Any, streams: Streams) -> tuple[Any, Any]:
+    """The step and what it reads: a window from the host, or the text on the device for several steps a call."""
+    if config.steps_per_call == 1:
+        return training.make_step(loss, optimizer), streams.window
+    on_device = streams.on_device()
+    window = partial(window_at, length=config.length)
+    return training.make_steps(loss, optimizer, window), lambda step: on_device
+
+
 def make_bpc(model: LanguageModel) -> Callable[[Any, Mapping[str, Any]], float]:
     """Returns bpc(params, windows): the exact bits per character of a split."""
 
@@ -208,6 +231,7 @@ def run(config: Config, corpus: Corpus, streams: Streams, workdir: training.Work
     training.say("\n".join([describe(config, corpus, state.params, steps), *corpus.notes, *checkpoints.notes]))
     print(f"resuming after step {int(state.step):,} of {steps:,}" if restored else f"starting in {workdir.path}")
 
+    advance = make_advance(config, make_loss(model), optimizer, streams)
     bpc = make_bpc(model)
     cut = {
         name: evaluation_windows(getattr(corpus, name), config.eval_batch, config.length) for name in ("valid", "test")
@@ -219,10 +243,10 @@ def run(config: Config, corpus: Corpus, streams: Streams, workdir: training.Work
         stack.callback(training.plot_curves, metrics.path, workdir.path / "curves.png", title=title)
         state = training.fit(
             state,
-            training.make_step(make_loss(model), optimizer),
-            streams.window,
+            *advance,
             train_key,
             steps=steps,
+            per_call=config.steps_per_call,
             checkpoints=checkpoints,
             metrics=metrics,
             timings=timings,

@@ -72,6 +72,21 @@ def test_a_run_leaves_what_it_should(finished, capsys):
     assert f"{summary['test_bpc']}" in printed
 
 
+def test_several_steps_a_call_train_the_same(corpus_file, tmp_path):
+    options = ["--steps=35", "--eval-every=20", "--log-every=10", f"--corpus={corpus_file}"]
+    for each in (1, 10):
+        assert (
+            char_lm.main([*TINY[:-5], *options, f"--workdir={tmp_path / str(each)}", f"--steps-per-call={each}"]) == 0
+        )
+    one, ten = (
+        [json.loads(line) for line in (tmp_path / each / "metrics.jsonl").read_text().splitlines()]
+        for each in ("1", "10")
+    )
+    assert [row["step"] for row in one] == [row["step"] for row in ten] == [10, 20, 20, 30, 35, 35]
+    for first, second in zip(one, ten, strict=True):
+        assert first == pytest.approx(second, rel=1e-4)
+
+
 def kill_when(metrics, lines, arguments):
     """Starts the script in a process of its own and kills it once its metrics have so many lines."""
     with subprocess.Popen(
@@ -207,6 +222,7 @@ class TestBadInput:
             (["--decay=2"], "--decay is 2.0, expected a fraction"),
             (["--batch=0"], "--batch is 0, expected a whole number of at least 1"),
             (["--remat-chunk=0"], "--remat-chunk is 0"),
+            (["--steps-per-call=7"], "--eval-every is 200, expected a multiple of --steps-per-call, 7"),
             (["--part-mib=0"], "--part-mib is 0"),
             (["--clip=inf"], "--clip is inf"),
             ([f"--seed={2**32}"], "--seed is 4294967296, expected a whole number from 0"),

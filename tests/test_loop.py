@@ -1,5 +1,6 @@
 """The step and the loop: what an interruption may not change, and how a run stops."""
 
+import json
 import os
 import signal
 
@@ -17,6 +18,7 @@ from hyperjax.training import (
     TrainState,
     fit,
     make_step,
+    make_steps,
     read_lines,
     schedule,
     seconds,
@@ -40,7 +42,7 @@ def batch_at(step):
     return np.random.default_rng(step).normal(size=4).astype(np.float32)
 
 
-def run(folder, batches=batch_at, validate=None, steps=STEPS, **options):
+def run(folder, batches=batch_at, validate=None, steps=STEPS, step=STEP, **options):
     """Runs or resumes as a script does; returns the bytes of its metrics."""
     state = TrainState.create({"w": jnp.zeros(4)}, OPTIMIZER, jnp.zeros(4))
     checkpoints = Checkpoints(folder / "checkpoints")
@@ -50,7 +52,7 @@ def run(folder, batches=batch_at, validate=None, steps=STEPS, **options):
     with checkpoints, JsonLines(folder / "m", at) as metrics, JsonLines(folder / "t", at) as timings:
         state = fit(
             state,
-            STEP,
+            step,
             batches,
             jax.random.key(5),
             steps=steps,
@@ -125,6 +127,52 @@ def test_a_crash_at_any_step_changes_no_metric(uninterrupted, tmp_path, at):
     lines, state = run(tmp_path, batches)
     assert lines == uninterrupted[0]
     np.testing.assert_array_equal(state.params["w"], uninterrupted[1].params["w"])
+
+
+DATA = jnp.stack([batch_at(step) for step in range(STEPS)])
+STEPS_2 = make_steps(loss_fn, OPTIMIZER, lambda data, step: data[step])
+
+
+def several(folder, **options):
+    """The same run, two steps a call."""
+    folder.mkdir(exist_ok=True)
+    return run(folder, options.pop("batches", lambda _: DATA), step=STEPS_2, per_call=2, **options)
+
+
+def test_several_steps_a_call_are_the_same_steps(uninterrupted, tmp_path):
+    metrics, state = several(tmp_path)
+    assert int(state.step) == STEPS  # an odd number: the last call is shorter
+    np.testing.assert_allclose(state.params["w"], uninterrupted[1].params["w"], rtol=1e-5)
+    lines, want = (list(map(json.loads, m.splitlines())) for m in (metrics, uninterrupted[0]))
+    assert [sorted(line) for line in lines] == [sorted(line) for line in want]
+    for one, other in zip(lines, want, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.parametrize("at", [0, 2, 8, 12, 22])
+def test_a_crash_between_calls_changes_no_metric(tmp_path, at):
+    def crash(step):
+        if step == at:
+            raise RuntimeError("crash")
+        return DATA
+
+    whole = several(tmp_path / "whole")[0]
+    with pytest.raises(RuntimeError, match="crash"):
+        several(tmp_path / "crashed", batches=crash, save_minutes=0)
+    assert several(tmp_path / "crashed")[0] == whole
+
+
+def test_the_step_within_a_call_that_went_wrong_is_named(tmp_path):
+    data = DATA.at[4].set(jnp.nan)
+    with pytest.raises(NonFinite, match="loss is nan at step 5;"):
+        several(tmp_path, batches=lambda _: data)
+
+
+def test_calls_that_do_not_end_where_lines_do_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"log_every is 4, expected a multiple of the 3 steps|eval_every is 10"):
+        run(tmp_path, step=STEPS_2, per_call=3)
+    with pytest.raises(ValueError, match="per_call is 0"):
+        run(tmp_path, per_call=0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,11 +1,15 @@
 """Streams are contiguous and depend on the step alone; evaluation sees every character exactly once."""
 
+from functools import partial
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hyperjax.data import Streams, evaluation_windows
+from hyperjax.data import Streams, evaluation_windows, window_at
 
 IDS = np.random.default_rng(0).integers(0, 50, 1003).astype(np.int32)
 
@@ -24,6 +28,21 @@ def test_an_epoch_reads_each_stream_in_order(batch, length):
         np.testing.assert_array_equal(targets[b], stream[1 : targets.shape[1] + 1])
     assert windows[0]["inputs"].shape == (batch, length)
     assert windows[0]["inputs"].dtype == windows[0]["targets"].dtype == np.int32
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (4, 10), (7, 13), (3, 334), (1, 1002), (1002, 1)])
+@pytest.mark.parametrize("offset", [0, 300])
+def test_windows_cut_on_the_device_are_the_same(batch, length, offset):
+    streams = Streams(IDS + offset, batch, length)
+    on_device = streams.on_device()
+    assert on_device.dtype == (np.int32 if offset else np.uint8)
+    cut = jax.jit(partial(window_at, length=length))
+    for step in {0, 1, streams.steps_per_epoch // 2, streams.steps_per_epoch - 1, streams.steps_per_epoch}:
+        want, got = streams.window(step), cut(on_device, jnp.int32(step))
+        assert want.keys() == got.keys()
+        for name in want:
+            assert got[name].dtype == want[name].dtype
+            np.testing.assert_array_equal(got[name], want[name])
 
 
 def test_reset_opens_every_epoch_and_nothing_else():

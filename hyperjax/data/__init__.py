@@ -13,7 +13,7 @@ from hyperjax.data.corpus import UNKNOWN
 from hyperjax.data.images import Images, Split, load_images, normalise
 from hyperjax.data.multitask import RowBatches, TaskData, TaskSplit, synthetic_regression
 from hyperjax.data.multitask_images import digit_tasks, multi_mnist
-from hyperjax.data.streams import Streams, evaluation_windows
+from hyperjax.data.streams import Streams, evaluation_windows, window_at
 from hyperjax.data.tables import Table, TableEncoder, Vocabulary, read_table
 from hyperjax.data.text import Corpus, load_corpus
 from hyperjax.data.text_classes import TextBatches, TextClasses, text_classes
@@ -48,4 +48,5 @@ __all__ = [
     "select_classes",
     "synthetic_regression",
     "text_classes",
+    "window_at",
 ]

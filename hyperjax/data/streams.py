@@ -3,7 +3,11 @@
 N characters, B streams, L window length, S stream length, n number of evaluation windows, T their length.
 """
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+Array = jax.Array
 
 PADDING_INPUT = -1
 
@@ -57,6 +61,29 @@ class Streams:
         ids = self.ids[self._starts + within_epoch * self.length].astype(np.int32, copy=False)
         reset = np.bool_(within_epoch == 0)
         return {"inputs": ids[:, :-1].copy(), "targets": ids[:, 1:].copy(), "reset": reset}
+
+    def on_device(self) -> Array:
+        """Returns the streams on the device, [B, n * L + 1] uint8 (int32 if ids need it), for `window_at`."""
+        width = self.steps_per_epoch * self.length + 1
+        small = self.ids.min() >= 0 and self.ids.max() < 256
+        streams = np.lib.stride_tricks.sliding_window_view(self.ids, width)[:: self.stream_length][: self.batch]
+        return jnp.asarray(streams.astype(np.uint8 if small else np.int32))
+
+
+def window_at(streams: Array, step: Array, length: int) -> dict[str, Array]:
+    """The window of a training step under `jit`: that of `Streams.window`, cut on the device.
+
+    Args:
+        streams: [B, n * L + 1], of `Streams.on_device`.
+        step: number of the step, scalar integer.
+        length: window length L.
+
+    Returns:
+        As `Streams.window`.
+    """
+    within_epoch = step % ((streams.shape[1] - 1) // length)
+    ids = jax.lax.dynamic_slice_in_dim(streams, within_epoch * length, length + 1, axis=1).astype(jnp.int32)
+    return {"inputs": ids[:, :-1], "targets": ids[:, 1:], "reset": within_epoch == 0}
 
 
 def evaluation_windows(ids, batch: int, length: int) -> dict[str, np.ndarray]:

@@ -62,11 +62,12 @@ def seconds(resumed: dict[str, Any], started: float) -> float:
 
 def fit(
     state: TrainState,
-    step: Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]],
+    step: Callable[..., tuple[TrainState, dict[str, Array]]],
     batch_at: Callable[[int], Any],
     key: Array,
     *,
     steps: int,
+    per_call: int = 1,
     checkpoints: Checkpoints[TrainState],
     metrics: JsonLines,
     timings: JsonLines,
@@ -90,10 +91,12 @@ def fit(
 
     Args:
         state: where to start, new or restored; its buffers are donated.
-        step: as `make_step` builds it; its metrics hold `loss` and `grad_norm`.
+        step: as `make_step` builds it, or `make_steps` for `per_call` above 1; its metrics hold `loss` and `grad_norm`.
         batch_at: step number -> batch, a function of the number alone, so that it needs no state of its own.
         key: PRNG key of the run.
         steps: number of updates, those before `state` included.
+        per_call: how many updates a call of `step` makes. Calls end at multiples of it, so a resumed run makes those of
+            the run uninterrupted; signals are heard, and checkpoints written, between calls.
         checkpoints, metrics, timings: where to write.
         validate: state -> named values; called every `eval_every` steps and after the last.
         best: the name among them by which the best checkpoint is chosen; lower is better.
@@ -111,7 +114,9 @@ def fit(
     Raises:
         NonFinite: a loss, gradient norm or validation value is NaN or infinite.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
+        ValueError: `per_call` is below 1, or does not divide `eval_every` and `log_every`.
     """
+    check_calls(per_call, eval_every=eval_every, log_every=log_every)
     resumed = resumed or {}
     started = time.perf_counter() if started is None else started
     rows: list[dict[str, float]] = list(resumed.get("rows", ()))  # metrics of the steps since the last line
@@ -123,11 +128,13 @@ def fit(
     def read(last_step: int) -> None:
         nonlocal unread
         if unread is not None:
-            row = {name: float(np.asarray(value)) for name, value in unread.items()}
+            columns = {name: np.asarray(value).reshape(-1).tolist() for name, value in unread.items()}
             unread = None
-            for name in ("loss", "grad_norm"):
-                _check(name, row[name], last_step, checkpoints)
-            rows.append(row)
+            new = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            for n, row in enumerate(new, last_step - len(new) + 1):
+                for name in ("loss", "grad_norm"):
+                    _check(name, row[name], n, checkpoints)
+            rows.extend(new)
 
     def save(value: float | None = None) -> None:
         nonlocal saved
@@ -141,16 +148,17 @@ def fit(
 
     with _signals() as received, _bar(steps, at, unit) as bar:
         while at < steps:
-            state, new = step(state, batch_at(at), key)
-            read(at)  # one step behind, so that the device never waits for Python
-            unread, at = new, at + 1
+            count = min(per_call - at % per_call, steps - at)
+            state, new = step(state, batch_at(at), key, *((count,) if per_call > 1 else ()))
+            read(at)  # one call behind, so that the device never waits for Python
+            unread, at = new, at + count
             log, evaluate = at % log_every == 0 or at == steps, at % eval_every == 0 or at == steps
             save_now = time.perf_counter() - timer.saved > 60 * save_minutes
             stop = received[0] if received else None  # looked at once: a signal may come at any moment
             if log or evaluate or save_now or stop:
                 read(at)
-            timer.tick()
-            bar.update()
+            timer.tick(count)
+            bar.update(count)
             if log:
                 line = {name: math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]}
                 rows.clear()
@@ -181,6 +189,15 @@ def fit(
     return state
 
 
+def check_calls(per_call: int, **intervals: int) -> None:
+    """Raises ValueError unless calls of `per_call` steps end wherever one of the intervals does."""
+    if per_call < 1:
+        raise ValueError(f"per_call is {per_call}, expected 1 step or more")
+    for name, value in intervals.items():
+        if value % per_call:
+            raise ValueError(f"{name} is {value}, expected a multiple of the {per_call} steps of per_call")
+
+
 def _interrupt(number: int, at: int, steps: int, checkpoints: Checkpoints) -> NoReturn:
     checkpoints.wait()
     name = signal.Signals(number).name
@@ -195,10 +212,10 @@ class _Timer:
         self._since: float | None = None  # None: the step now running is not measured
         self._steps, self._seconds = 0, 0.0
 
-    def tick(self) -> None:
+    def tick(self, count: int) -> None:
         now = time.perf_counter()
         if self._since is not None:
-            self._steps, self._seconds = self._steps + 1, self._seconds + now - self._since
+            self._steps, self._seconds = self._steps + count, self._seconds + now - self._since
         self._since = now
 
     def pause(self) -> None:

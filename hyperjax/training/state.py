@@ -1,6 +1,7 @@
 """The state of a training run, and the step that advances it."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -49,6 +50,32 @@ def make_step(
         clipping); if both are finite, so are the new parameters.
     """
 
+    return jax.jit(_one_step(loss_fn, optimizer), donate_argnums=0)
+
+
+def make_steps(
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, batch_at: Callable[[Any, Array], Any]
+) -> Callable[[TrainState, Any, Array, int], tuple[TrainState, dict[str, Array]]]:
+    """Builds a function that makes several training steps on the device, without the host.
+
+    Args:
+        loss_fn, optimizer: as in `make_step`.
+        batch_at: (data, step number, a traced int32) -> batch; for example `hyperjax.data.window_at`.
+
+    Returns:
+        steps(state, data, key, count) -> (state after `count` steps, metrics [count]). It compiles once for each
+        `count`, donates the state and draws what `make_step` would draw, to rounding.
+    """
+    one = _one_step(loss_fn, optimizer)
+
+    @partial(jax.jit, static_argnums=3, donate_argnums=0)
+    def steps(state, data, key, count):
+        return jax.lax.scan(lambda state, _: one(state, batch_at(data, state.step), key), state, None, count)
+
+    return steps
+
+
+def _one_step(loss_fn: LossFn, optimizer: optax.GradientTransformation):
     def step(state: TrainState, batch: Any, key: Array) -> tuple[TrainState, dict[str, Array]]:
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
         step_key = jax.random.fold_in(key, state.step)
@@ -58,7 +85,7 @@ def make_step(
         metrics = {"loss": loss, **metrics, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state, carry), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return step
 
 
 def schedule(learning_rate: float, steps: int, decay: float = 0.0) -> optax.Schedule:
