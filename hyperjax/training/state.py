@@ -63,7 +63,7 @@ def make_steps(
         batch_at: (data, step number, a traced int32) -> batch; for example `hyperjax.data.window_at`.
 
     Returns:
-        steps(state, data, key, count) -> (state after `count` steps, metrics [count]). It compiles once for each
+        steps(state, data, key, count) -> (state after `count` steps, metrics [count]). It compiles once per
         `count`, donates the state and draws what `make_step` would draw, to rounding.
     """
     one = _one_step(loss_fn, optimizer)
