@@ -3,7 +3,7 @@
 from hyperjax.training.checkpoint import Checkpoints
 from hyperjax.training.evaluation import Evaluation, make_evaluate
 from hyperjax.training.experiment import Workdir, bad_input, count, device, environment, parse, print_summary, say
-from hyperjax.training.loop import Interrupted, NonFinite, check_calls, fit, seconds, stopping
+from hyperjax.training.loop import Interrupted, NonFinite, fit, seconds, stopping
 from hyperjax.training.metrics import JsonLines, plot_curves, read_lines, write_json
 from hyperjax.training.state import TrainState, make_step, make_steps, schedule
 from hyperjax.training.trials import Trials, apply_in_blocks, make_trials
@@ -19,7 +19,6 @@ __all__ = [
     "Workdir",
     "apply_in_blocks",
     "bad_input",
-    "check_calls",
     "count",
     "device",
     "environment",

@@ -116,7 +116,7 @@ def fit(
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
         ValueError: `per_call` is below 1, or does not divide `eval_every` and `log_every`.
     """
-    check_calls(per_call, eval_every=eval_every, log_every=log_every)
+    _check_calls(per_call, eval_every=eval_every, log_every=log_every)
     resumed = resumed or {}
     started = time.perf_counter() if started is None else started
     rows: list[dict[str, float]] = list(resumed.get("rows", ()))  # metrics of the steps since the last line
@@ -189,7 +189,7 @@ def fit(
     return state
 
 
-def check_calls(per_call: int, **intervals: int) -> None:
+def _check_calls(per_call: int, **intervals: int) -> None:
     """Raises ValueError unless calls of `per_call` steps end wherever one of the intervals does."""
     if per_call < 1:
         raise ValueError(f"per_call is {per_call}, expected 1 step or more")

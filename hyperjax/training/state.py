@@ -49,7 +49,6 @@ def make_step(
         it, so that a resumed run draws what it would have drawn. The metrics gain `loss` and `grad_norm` (before
         clipping); if both are finite, so are the new parameters.
     """
-
     return jax.jit(_one_step(loss_fn, optimizer), donate_argnums=0)
 
 
