@@ -24,6 +24,7 @@ from hyperjax.training import (
     seconds,
     stopping,
 )
+from hyperjax.training.loop import _Timer
 
 STEPS = 23
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule(0.1, STEPS, 0.5)))
@@ -160,6 +161,17 @@ def test_a_crash_between_calls_changes_no_metric(tmp_path, at):
     with pytest.raises(RuntimeError, match="crash"):
         several(tmp_path / "crashed", batches=crash, save_minutes=0)
     assert several(tmp_path / "crashed")[0] == whole
+
+
+def test_the_speed_counts_every_step_of_a_call(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("hyperjax.training.loop.time.perf_counter", lambda: now[0])
+    timer = _Timer()
+    timer.tick(20)  # compiles: not measured
+    for seconds_later, count in ((2.0, 20), (0.5, 5)):
+        now[0] += seconds_later
+        timer.tick(count)
+    assert timer.lap(items=6) == 6 * 25 / 2.5
 
 
 def test_the_step_within_a_call_that_went_wrong_is_named(tmp_path):
