@@ -68,6 +68,8 @@ def hyper_lstm(p, carry, x, forget_bias=1.0, epsilon=1e-3, mask=1.0):
     y_hat = {k: total[..., n * S : (n + 1) * S] for n, k in enumerate(GATES)}
     c_hat, h_hat = memory_cell(y_hat, c_hat, norm_of(p, "hyper_", epsilon), forget_bias)
     d = generated(p, h_hat, GATES)
+    if "W_d_m" in p:
+        x = 2 * sigmoid((h_hat @ p["W_z_m"] + p["b_z_m"]) @ p["W_d_m"]) * x
     y = {k: d["h", k] * (h @ p[f"W_h{k}"]) + d["x", k] * (x @ p[f"W_x{k}"]) + d["b", k] + p[f"b_{k}"] for k in GATES}
     return *memory_cell(y, c, norm_of(p, "", epsilon), forget_bias, mask), c_hat, h_hat
 

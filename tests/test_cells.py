@@ -16,6 +16,7 @@ CASES = {
     "hyper_rnn": (HyperRNN, {"hyper_units": 4, "embedding": 2}, numpy_cells.hyper_rnn),
     "hyper_lstm": (HyperLSTM, {"hyper_units": 4, "embedding": 2}, numpy_cells.hyper_lstm),
     "ln_hyper_lstm": (HyperLSTM, {"hyper_units": 4, "embedding": 3, "layer_norm": True}, numpy_cells.hyper_lstm),
+    "gated_hyper_lstm": (HyperLSTM, {"hyper_units": 4, "embedding": 2, "gate_input": True}, numpy_cells.hyper_lstm),
 }
 cases = pytest.mark.parametrize("name", CASES)
 

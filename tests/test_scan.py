@@ -22,6 +22,9 @@ def plain_scan(cell, params, carry, x, masks=None):
         w = cell.bind({"params": params}).weights(x_t.shape[-1])
         xp = {k: product(x_t, v) for k, v in w.inputs.items()}
         hp = {k: product(carry[1], v) for k, v in w.recurrent.items()}
+        if w.late:
+            gated = cell.gate(w.small, carry, x_t, xp, hp)
+            xp |= {k: product(gated, v) for k, v in w.late.items()}
         new = cell.step(w.small, carry, xp, hp, mask)
         return new, new[1]
 
@@ -29,7 +32,8 @@ def plain_scan(cell, params, carry, x, masks=None):
 
 
 def fast_scan(cell, params, carry, x, masks=None):
-    return deferred_scan(cell.step, cell.bind({"params": params}).weights(x.shape[-1]), carry, x, masks)
+    weights = cell.bind({"params": params}).weights(x.shape[-1])
+    return deferred_scan(cell.step, weights, carry, x, masks, gate=cell.gate)
 
 
 def loss_and_gradients(scan, name, dtype):

@@ -30,6 +30,7 @@ class Cell(nn.RNNCellBase):
       units: H, the width of the output h.
       keep: probability of keeping a unit of the candidate tanh(g) (recurrent dropout without memory loss). Below 1 a
         `dropout` PRNG is needed unless `deterministic`.
+      variational: in the scan, one dropout mask for all time steps of a sequence instead of one a step.
       deterministic: True switches dropout off.
       dtype: what matrix products are computed in, for example jnp.bfloat16; None is `param_dtype`.
       param_dtype: float32 or float64, of parameters, layer norms and state.
@@ -37,6 +38,7 @@ class Cell(nn.RNNCellBase):
 
     units: int
     keep: float = 1.0
+    variational: bool = False
     deterministic: bool = False
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -63,6 +65,10 @@ class Cell(nn.RNNCellBase):
         """One time step after the big products: returns the new carry. A pure function of its arguments."""
         raise TypeError(f"{type(self).__name__} has to define `step`")
 
+    def gate(self, small: Any, carry: tuple, x: Array, xp: dict, hp: dict) -> Array:
+        """The input as the late weights read it, for cells that have any; see `Weights`."""
+        raise TypeError(f"{type(self).__name__} has late weights and has to define `gate`")
+
     def state_sizes(self) -> tuple[int, ...]:
         """The width of each array of the carry."""
         return (self.units, self.units)
@@ -72,10 +78,11 @@ class Cell(nn.RNNCellBase):
         return self.keep < 1 and not self.deterministic
 
     def masks(self, key: Array, times: Array, batch: int) -> Array:
-        """Dropout masks [T, B, H], True where a unit is kept; time t draws from fold_in(key, t)."""
+        """Dropout masks [T, B, H], True where a unit is kept; time t draws from fold_in(key, t), or from the key."""
 
         def draw(t):
-            return jax.random.bernoulli(jax.random.fold_in(key, t), self.keep, (batch, self.units))
+            at_t = key if self.variational else jax.random.fold_in(key, t)
+            return jax.random.bernoulli(at_t, self.keep, (batch, self.units))
 
         return jax.vmap(draw)(times)
 
@@ -96,6 +103,9 @@ class Cell(nn.RNNCellBase):
         w = self.weights(inputs.shape[-1])
         xp = {k: product(inputs, v, self.dtype) for k, v in w.inputs.items()}
         hp = {k: product(carry[OUTPUT], v, self.dtype) for k, v in w.recurrent.items()}
+        if w.late:
+            gated = self.gate(w.small, carry, inputs, xp, hp)
+            xp |= {k: product(gated, v, self.dtype) for k, v in w.late.items()}
         shape = (*inputs.shape[:-1], self.units)
         mask = jax.random.bernoulli(self.make_rng("dropout"), self.keep, shape) if self.drops else None
         new = self.step(w.small, carry, xp, hp, mask)

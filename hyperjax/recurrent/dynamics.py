@@ -96,11 +96,16 @@ def _checked(model: LanguageModel, ids: Any, carry: tuple | None) -> tuple[Array
 @partial(jax.jit, static_argnames="model")
 def _scales(model: LanguageModel, params: Any, ids: Array, carry: tuple) -> tuple[dict, dict]:
     """The scales at every character [N, H], and those before the first [1, H]."""
-    x_N1D = jax.nn.one_hot(ids, model.vocabulary)[:, None]
+    out: Any = model.apply({"params": params}, ids[None], carry)
+    x_1ND = jax.nn.one_hot(ids, model.vocabulary)[None]
+    if "embedding" in params:
+        x_1ND = x_1ND @ params["embedding"]
     scales, before = {}, {}
-    for n in range(model.layers):
+    for n, hidden in enumerate(out["hidden"]):
         layer = f"layer_{n}"
-        scales[layer], before[layer], x_N1D = _layer(model.make_cell(), params[layer]["cell"], carry[n], x_N1D)
+        x_N1D = x_1ND.swapaxes(0, 1)
+        scales[layer], before[layer] = _layer(model.make_cell(), params[layer]["cell"], carry[n], x_N1D)
+        x_1ND = hidden
     return scales, before
 
 
@@ -114,15 +119,15 @@ def _changes(model: LanguageModel, params: Any, ids: Array, carry: tuple) -> dic
     return {layer: {y: distance(layer, "h" + y) for y in _gates(model.make_cell())} for layer in scales}
 
 
-def _layer(cell: Cell, params: Any, carry: tuple, x_N1D: Array) -> tuple[dict, dict, Array]:
+def _layer(cell: Cell, params: Any, carry: tuple, x_N1D: Array) -> tuple[dict, dict]:
     gates, hat = _gates(cell), 0 if isinstance(cell, HyperRNN) else 3  # hat: where the carry has h_hat
     assert isinstance(cell, HyperCell)
     variables = {"params": params}
     generator = cell.apply(variables, x_N1D.shape[-1], method="weights").small["z"]  # type: ignore[union-attr]
 
     def step(state, x_1D):
-        state, h_1H = cell.apply(variables, state, x_1D)
-        return state, (h_1H, state[hat][0])
+        state, _ = cell.apply(variables, state, x_1D)
+        return state, state[hat][0]
 
-    _, (h_N1H, h_hat_NS) = jax.lax.scan(step, carry, x_N1D)
-    return cell.generate(generator, h_hat_NS, gates), cell.generate(generator, carry[hat], gates), h_N1H
+    _, h_hat_NS = jax.lax.scan(step, carry, x_N1D)
+    return cell.generate(generator, h_hat_NS, gates), cell.generate(generator, carry[hat], gates)

@@ -9,11 +9,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hyperjax.recurrent.cells import LSTM, Cell
+from hyperjax.recurrent.cells import LSTM, Cell, add_bias
 from hyperjax.recurrent.hyper_cells import HyperLSTM, HyperRNN
 from hyperjax.recurrent.layer import FastRNN
+from hyperjax.recurrent.scan import product
 
 Array = jax.Array
+SKIPS = ("none", "residual", "highway")
 CELLS = ("lstm", "ln_lstm", "hyper_rnn", "hyper_lstm", "ln_hyper_lstm")
 
 # Ha, Dai, Le, arXiv 1609.09106, Table 3 and appendix A.3: keyword arguments of LanguageModel.
@@ -39,6 +41,15 @@ class LanguageModel(nn.Module):
       layers: how many cells stand on one another.
       hyper_units, embedding: of the hyper cells; ignored by the others.
       keep: keep probability of dropout on the one-hot input, on every layer's output and on every LSTM's candidate.
+      variational: draw these masks once a sequence instead of once a step (Gal and Ghahramani, arXiv 1512.05287); on
+        the input whole symbols are then dropped.
+      weight_keep: see `FastRNN`.
+      input_units: E, width of a learned embedding of the symbols; 0 feeds the one-hot vectors themselves.
+      tied: read out with the embedding's transpose, after a projection H -> E where the two differ (Press and Wolf,
+        arXiv 1608.05859; Inan et al., arXiv 1611.01462).
+      skip: what every layer but the first adds to its output: "none"; "residual", its input; "highway", a learned
+        mixture t h + (1 - t) x, t = sigmoid(W x + b) (Srivastava, Greff, Schmidhuber, arXiv 1505.00387).
+      gate_input: of HyperLSTMs.
       dtype: of the matrix products, for example "bfloat16"; None is float32.
       remat_chunk: see `FastRNN`.
     """
@@ -52,6 +63,12 @@ class LanguageModel(nn.Module):
     keep: float = 1.0
     dtype: Any = None
     remat_chunk: int | None = None
+    variational: bool = False
+    weight_keep: float = 1.0
+    input_units: int = 0
+    tied: bool = False
+    skip: str = "none"
+    gate_input: bool = False
 
     def __post_init__(self):
         if self.cell not in CELLS:
@@ -59,6 +76,14 @@ class LanguageModel(nn.Module):
         for name in ("vocabulary", "layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.input_units < 0:
+            raise ValueError(f"input_units is {self.input_units}; choose a width, or 0 for one-hot vectors")
+        if self.tied and not self.input_units:
+            raise ValueError("tied is True, but there is no embedding to tie to; choose input_units of at least 1")
+        if self.skip not in SKIPS:
+            raise ValueError(f"unknown skip {self.skip!r}; choose one of {', '.join(SKIPS)}")
+        if self.gate_input and "hyper_lstm" not in self.cell:
+            raise ValueError(f"gate_input is True, but the cell {self.cell!r} is no HyperLSTM; leave it False")
         super().__post_init__()
 
     @nn.nowrap
@@ -69,13 +94,13 @@ class LanguageModel(nn.Module):
           ValueError: units, hyper_units, embedding or keep out of range.
         """
         common: dict[str, Any] = {"deterministic": deterministic, "dtype": self.dtype, "parent": None}
-        common |= {"units": self.units, "keep": self.keep}
+        common |= {"units": self.units, "keep": self.keep, "variational": self.variational}
         if self.cell in ("lstm", "ln_lstm"):
             return LSTM(**common, layer_norm=self.cell == "ln_lstm")
         hyper: dict[str, Any] = {"hyper_units": self.hyper_units, "embedding": self.embedding}
         if self.cell == "hyper_rnn":
             return HyperRNN(**common | {"keep": 1.0}, **hyper)
-        return HyperLSTM(**common, **hyper, layer_norm=self.cell == "ln_hyper_lstm")
+        return HyperLSTM(**common, **hyper, layer_norm=self.cell == "ln_hyper_lstm", gate_input=self.gate_input)
 
     @nn.nowrap
     def initialize_carry(self, batch: int) -> tuple:
@@ -96,14 +121,30 @@ class LanguageModel(nn.Module):
           {"logits": [B, T, V] float32, "carry": state after the last symbol, "hidden": tuple of [B, T, H] a layer}.
         """
         carry = self.initialize_carry(tokens.shape[0]) if carry is None else carry
-        drop = nn.Dropout(1 - self.keep, deterministic=deterministic)
+        over_time = (1,) if self.variational else ()
+        drop = nn.Dropout(1 - self.keep, broadcast_dims=over_time, deterministic=deterministic)
         h = drop(jax.nn.one_hot(tokens, self.vocabulary))
+        if E := self.input_units:
+            table = self.param("embedding", nn.initializers.normal(E**-0.5), (self.vocabulary, E))
+            h = product(h, table)
         states, hidden = [], []
         for n in range(self.layers):
-            layer = FastRNN(self.make_cell(deterministic), remat_chunk=self.remat_chunk, name=f"layer_{n}")
-            state, h = layer(h, carry[n])
-            h = drop(h)
+            options: dict[str, Any] = {"remat_chunk": self.remat_chunk, "weight_keep": self.weight_keep}
+            state, out = FastRNN(self.make_cell(deterministic), **options, name=f"layer_{n}")(h, carry[n])
+            h = drop(out) if n == 0 or self.skip == "none" else self._joined(h, drop(out), n)
             states.append(state)
             hidden.append(h)
-        logits = nn.Dense(self.vocabulary, dtype=self.dtype, name="readout")(h)
+        if self.tied:
+            h = h if self.units == E else nn.Dense(E, dtype=self.dtype, name="projection")(h)
+            bias = self.param("readout_bias", nn.initializers.zeros, (self.vocabulary,))
+            logits = add_bias(product(h, table.T, self.dtype), bias)
+        else:
+            logits = nn.Dense(self.vocabulary, dtype=self.dtype, name="readout")(h)
         return {"logits": logits.astype(jnp.float32), "carry": tuple(states), "hidden": tuple(hidden)}
+
+    def _joined(self, x: Array, out: Array, n: int) -> Array:
+        if self.skip == "residual":
+            return x + out
+        dense = nn.Dense(self.units, dtype=self.dtype, bias_init=nn.initializers.constant(1.0), name=f"highway_{n}")
+        t = jax.nn.sigmoid(dense(x).astype(out.dtype))  # at first most of it is the layer's own output
+        return t * out + (1 - t) * x

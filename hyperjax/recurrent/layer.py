@@ -23,11 +23,15 @@ class FastRNN(nn.Module):
       time_major: True for inputs [T, B, D] and outputs [T, B, H].
       remat_chunk: keep for the backward pass only the state every `remat_chunk` steps and compute the rest again;
         about sqrt(T) makes memory grow as sqrt(T). None keeps everything.
+      weight_keep: probability of keeping each entry of the matrices that multiply h, drawn anew at every call and the
+        same at all its steps (DropConnect: Merity, Keskar, Socher, arXiv 1708.02182, section 2). Below 1 a `dropout`
+        PRNG is needed unless the cell is deterministic.
     """
 
     cell: Cell
     time_major: bool = False
     remat_chunk: int | None = None
+    weight_keep: float = 1.0
 
     @nn.compact
     def __call__(self, inputs: Array, initial_carry: tuple | None = None) -> tuple[tuple, Array]:
@@ -41,7 +45,8 @@ class FastRNN(nn.Module):
           (carry after the last step, outputs [B, T, H]).
 
         Raises:
-          ValueError: inputs that are not 3-D or have no time step, a carry of another shape, remat_chunk < 1.
+          ValueError: inputs that are not 3-D or have no time step, a carry of another shape, remat_chunk < 1,
+            weight_keep outside (0, 1].
         """
         if inputs.ndim != 3 or 0 in inputs.shape:
             layout = "[time, batch, features]" if self.time_major else "[batch, time, features]"
@@ -51,6 +56,8 @@ class FastRNN(nn.Module):
                 f"remat_chunk is {self.remat_chunk}; give a number of steps >= 1, or None to keep everything"
             )
         x_TBD = (inputs if self.time_major else inputs.swapaxes(0, 1)).astype(self.cell.param_dtype)
+        if not 0 < self.weight_keep <= 1:
+            raise ValueError(f"weight_keep is {self.weight_keep}, a probability; choose it in (0, 1], 1 drops nothing")
         steps, batch, features = x_TBD.shape
         carry = self.cell.initialize_carry(jax.random.key(0), (batch, features))
         if initial_carry is not None:
@@ -62,10 +69,14 @@ class FastRNN(nn.Module):
             carry = tuple(jnp.asarray(c, self.cell.param_dtype) for c in initial_carry)
         key = self.cell.make_rng("dropout") if self.cell.drops else None
         weights = self.cell.weights(features)
+        if self.weight_keep < 1 and not self.cell.deterministic:
+            drop = nn.Dropout(1 - self.weight_keep, deterministic=False)
+            weights = weights._replace(recurrent={k: drop(w) for k, w in weights.recurrent.items()})
+        gate = self.cell.gate if weights.late else None
 
         def run(weights, carry, x_CBD, times):
             noise = None if key is None else self.cell.masks(key, times, batch)
-            return deferred_scan(self.cell.step, weights, carry, x_CBD, noise, dtype=self.cell.dtype)
+            return deferred_scan(self.cell.step, weights, carry, x_CBD, noise, gate=gate, dtype=self.cell.dtype)
 
         times = jnp.arange(steps)
         if self.remat_chunk is None or self.remat_chunk >= steps:

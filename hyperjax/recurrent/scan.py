@@ -25,14 +25,17 @@ class Weights(NamedTuple):
       inputs: name -> [D, N], multiplied by the input.
       recurrent: name -> [H, N], multiplied by the cell's output h.
       small: any pytree; read by the step itself, its gradient summed inside the loop.
+      late: name -> [D, N], multiplied by the input as the cell gates it within the step; most cells have none.
     """
 
     inputs: dict[str, Array]
     recurrent: dict[str, Array]
     small: Any
+    late: dict[str, Array] = {}  # noqa: RUF012 - nobody writes to it
 
 
 Step = Callable[[Any, tuple, dict, dict, Any], tuple]  # (small, carry, x products, h products, noise) -> carry
+Gate = Callable[[Any, tuple, Array, dict, dict], Array]  # (small, carry, x, x products, h products) -> gated x
 
 
 def product(x: Array, w: Array, dtype: Any = None) -> Array:
@@ -54,7 +57,14 @@ def _outer(x_TBD: Array, dy_TBN: Array, dtype: Any) -> Array:
 
 
 def deferred_scan(
-    step: Step, weights: Weights, carry: tuple, x_TBD: Array, noise: Any = None, *, dtype: Any = None
+    step: Step,
+    weights: Weights,
+    carry: tuple,
+    x_TBD: Array,
+    noise: Any = None,
+    *,
+    gate: Gate | None = None,
+    dtype: Any = None,
 ) -> tuple[tuple, Array]:
     """Runs a cell over time.
 
@@ -64,11 +74,19 @@ def deferred_scan(
       carry: the initial state, a tuple of [B, .] arrays whose entry 1 is h.
       x_TBD: [T, B, D] inputs.
       noise: pytree of arrays with a leading axis T that take no gradient (dropout masks), or None.
+      gate: what `weights.late` multiply: (weights.small, carry, x_t, products as for `step`) -> [B, D]. The step finds
+        these products beside those of the input. Needed if there are late weights.
       dtype: what the big products are computed in; None keeps the parameters' own. The state stays float32.
 
     Returns:
       (final carry, h at every step [T, B, H]).
+
+    Raises:
+      ValueError: late weights without a gate.
     """
+    if weights.late and gate is None:
+        raise ValueError(f"weights.late holds {', '.join(weights.late)}, but there is no gate for them; give one")
+    gated_input: Any = gate
 
     @jax.custom_vjp
     def run(weights, carry, x_TBD, noise):
@@ -78,36 +96,51 @@ def deferred_scan(
         xp = {k: product(x_TBD, w, dtype) for k, w in weights.inputs.items()}
 
         def body(carry, at_t):
-            xp_t, noise_t = at_t
+            x_t, xp_t, noise_t = at_t
             hp = {k: product(carry[OUTPUT], w, dtype) for k, w in weights.recurrent.items()}
-            new = step(weights.small, carry, xp_t, hp, noise_t)
-            return new, (new[OUTPUT], (carry, hp) if saves else None)
+            gated, late = None, {}
+            if weights.late:
+                gated = gated_input(weights.small, carry, x_t, xp_t, hp)
+                late = {k: product(gated, w, dtype) for k, w in weights.late.items()}
+            new = step(weights.small, carry, xp_t | late, hp, noise_t)
+            return new, (new[OUTPUT], (carry, hp, gated, late) if saves else None)
 
-        last, (h_TBH, saved) = lax.scan(body, carry, (xp, noise))
+        last, (h_TBH, saved) = lax.scan(body, carry, (x_TBD if weights.late else None, xp, noise))
         return (last, h_TBH), (weights, x_TBD, noise, xp, saved)
 
     def backward(residuals, cotangents):
-        weights, x_TBD, noise, xp, (carries, hp) = residuals
+        weights, x_TBD, noise, xp, (carries, hp, gated, late) = residuals
         dlast, dh_TBH = cotangents
 
         def body(state, at_t):
             dcarry, dsmall = state
-            carry, xp_t, hp_t, noise_t, dh = at_t
+            carry, x_t, xp_t, hp_t, late_t, noise_t, dh = at_t
             dcarry = (*dcarry[:OUTPUT], dcarry[OUTPUT] + dh, *dcarry[OUTPUT + 1 :])
-            _, pull = jax.vjp(lambda s, c, x, h: step(s, c, x, h, noise_t), weights.small, carry, xp_t, hp_t)
-            dsmall_t, dcarry, dxp, dhp = pull(dcarry)
+            early = (weights.small, carry, xp_t, hp_t)
+            _, pull = jax.vjp(lambda s, c, x, h, late: step(s, c, x | late, h, noise_t), *early, late_t)
+            *dearly, dlate = pull(dcarry)
+            dx = None
+            if weights.late:
+                dgated = sum(_transposed(dlate[k], w, dtype) for k, w in weights.late.items())
+                _, pull = jax.vjp(lambda s, c, x, h, x_t: gated_input(s, c, x_t, x, h), *early, x_t)
+                *through, dx = pull(dgated)
+                dearly = jax.tree.map(jnp.add, dearly, through)
+            dsmall_t, dcarry, dxp, dhp = dearly
             dh = dcarry[OUTPUT]
             for k, w in weights.recurrent.items():
                 dh = dh + _transposed(dhp[k], w, dtype)
             dcarry = (*dcarry[:OUTPUT], dh, *dcarry[OUTPUT + 1 :])
-            return (dcarry, jax.tree.map(jnp.add, dsmall, dsmall_t)), (dxp, dhp)
+            return (dcarry, jax.tree.map(jnp.add, dsmall, dsmall_t)), (dx, dxp, dhp, dlate)
 
         zeros = jax.tree.map(jnp.zeros_like, weights.small)
-        (dcarry, dsmall), (dxp, dhp) = lax.scan(body, (dlast, zeros), (carries, xp, hp, noise, dh_TBH), reverse=True)
+        read = (carries, x_TBD if weights.late else None, xp, hp, late, noise, dh_TBH)
+        (dcarry, dsmall), (dx_TBD, dxp, dhp, dlate) = lax.scan(body, (dlast, zeros), read, reverse=True)
         dinputs = {k: _outer(x_TBD, dxp[k], dtype) for k in weights.inputs}
         drecurrent = {k: _outer(carries[OUTPUT], dhp[k], dtype) for k in weights.recurrent}
-        dx_TBD = sum((_transposed(dxp[k], w, dtype) for k, w in weights.inputs.items()), jnp.zeros_like(x_TBD))
-        return Weights(dinputs, drecurrent, dsmall), dcarry, dx_TBD, None
+        dlate = {k: _outer(gated, dlate[k], dtype) for k in weights.late}
+        dx_TBD = jnp.zeros_like(x_TBD) if dx_TBD is None else dx_TBD
+        dx_TBD = sum((_transposed(dxp[k], w, dtype) for k, w in weights.inputs.items()), dx_TBD)
+        return Weights(dinputs, drecurrent, dsmall, dlate), dcarry, dx_TBD, None
 
     run.defvjp(forward, backward)
     return run(weights, carry, x_TBD, noise)

@@ -5,7 +5,8 @@ from hyperjax.training.evaluation import Evaluation, make_evaluate
 from hyperjax.training.experiment import Workdir, bad_input, count, device, environment, parse, print_summary, say
 from hyperjax.training.loop import Interrupted, NonFinite, fit, seconds, stopping
 from hyperjax.training.metrics import JsonLines, plot_curves, read_lines, write_json
-from hyperjax.training.state import TrainState, make_step, make_steps, schedule
+from hyperjax.training.optimizer import average_params, averaged_params, matrices, schedule
+from hyperjax.training.state import TrainState, make_step, make_steps
 from hyperjax.training.trials import Trials, apply_in_blocks, make_trials
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "Trials",
     "Workdir",
     "apply_in_blocks",
+    "average_params",
+    "averaged_params",
     "bad_input",
     "count",
     "device",
@@ -27,6 +30,7 @@ __all__ = [
     "make_step",
     "make_steps",
     "make_trials",
+    "matrices",
     "parse",
     "plot_curves",
     "print_summary",

@@ -85,21 +85,3 @@ def _one_step(loss_fn: LossFn, optimizer: optax.GradientTransformation):
         return TrainState(state.step + 1, params, opt_state, carry), metrics
 
     return step
-
-
-def schedule(learning_rate: float, steps: int, decay: float = 0.0) -> optax.Schedule:
-    """A constant learning rate that may end in half a cosine.
-
-    Args:
-        learning_rate: the rate until the decay sets in.
-        steps: length of the whole run.
-        decay: the final fraction of the run over which the rate falls to zero: 0 never, 1 from the first step on.
-
-    Returns:
-        Step number -> learning rate.
-    """
-    falling = round(decay * steps)
-    if falling == 0:
-        return optax.constant_schedule(learning_rate)
-    cosine = optax.cosine_decay_schedule(learning_rate, falling)
-    return optax.join_schedules([optax.constant_schedule(learning_rate), cosine], [steps - falling])
