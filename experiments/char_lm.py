@@ -5,154 +5,66 @@
     python experiments/char_lm.py --preset paper --model hyper_lstm  # Table 3, for an accelerator
     python experiments/char_lm.py --preset reduced --model lstm      # its rows at a quarter of their width, on a CPU
     python experiments/char_lm.py --preset wikipedia --corpus text8 --data-dir DIR  # or enwik8, as in Table 4
+    python experiments/char_lm.py --preset levers --model tied       # beyond the paper, one thing at a time, on a CPU
 
 Give every model a --workdir of its own. The same command again resumes a run, or prints the summary of a finished one.
 """
 
 import contextlib
-import dataclasses
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
+import char_lm_presets
 import jax
 import jax.numpy as jnp
 import optax
+from char_lm_presets import FREE, WIKIPEDIA, Config, check, defaults
 
 from hyperjax import training
 from hyperjax.data import Corpus, Streams, evaluation_windows, load_corpus, window_at
-from hyperjax.recurrent import CELLS, PAPER_MODELS, LanguageModel, generate
+from hyperjax.recurrent import PAPER_MODELS, LanguageModel, generate
 
-# Units that give every model the same number of parameters within 1 %: 350,000 on pydoc, 1,000,000 on PTB.
-UNITS = {
-    "quick": {"lstm": 237, "ln_lstm": 236, "hyper_rnn": 474, "hyper_lstm": 213, "ln_hyper_lstm": 212},
-    "cpu": {"lstm": 469, "ln_lstm": 468, "hyper_rnn": 911, "hyper_lstm": 427, "ln_hyper_lstm": 426},
-}
-
-# HyperLSTMs on enwik8 at the paper's widths, with a baseline; what it leaves open is as in Table 3.
-WIKIPEDIA: dict[str, dict[str, Any]] = {
-    "ln_lstm": {"cell": "ln_lstm", "units": 1800},
-    "ln_hyper_lstm": {"cell": "ln_hyper_lstm", "units": 1800},
-    "ln_hyper_lstm_2048": {"cell": "ln_hyper_lstm", "units": 2048},
-}
-
-# A run may resume with other values of these.
-FREE = ("workdir", "data_dir", "save_minutes", "keep_checkpoints", "part_mib")
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Settings of a run; --preset and --model choose the defaults of the others."""
-
-    preset: str = "quick"  # quick, cpu, reduced, paper or wikipedia
-    model: str = "ln_hyper_lstm"  # lstm ln_lstm hyper_rnn hyper_lstm ln_hyper_lstm, or a row of Table 3 or 4
-    workdir: str | None = None  # where the run is kept; None is runs/char_lm-PRESET
-    corpus: str = "pydoc"  # pydoc, ptb, text8, enwik8, or the path of a UTF-8 file
-    data_dir: str | None = None  # folder or archive with the corpus, for those that have to be downloaded
-    units: int = 0  # width of the recurrent layers
-    layers: int = 1  # number of recurrent layers
-    hyper_units: int = 128  # width of the hyper cell
-    embedding: int = 4  # N_z, width of the embeddings between hyper cell and main cell
-    keep: float = 0.9  # probability of keeping a unit in dropout (input, output, recurrent); 1 is no dropout
-    batch: int = 128  # number of text streams trained on in parallel
-    length: int = 100  # steps of truncated back-propagation; the state is carried over
-    epochs: float = 1.0  # passes over the training text
-    steps: int | None = None  # number of updates; overrides epochs
-    learning_rate: float = 1e-3  # of Adam
-    clip: float = 1.0  # largest global norm of the gradient
-    decay: float = 0.0  # final fraction of the run over which the learning rate falls to 0 along a cosine
-    eval_every: int = 400  # steps between two validations, each followed by a checkpoint
-    eval_batch: int = 64  # streams in evaluation; changes its speed, not its result
-    log_every: int = 20  # steps between two lines of metrics
-    steps_per_call: int = 1  # steps that the device makes without the host, the text on it; divides the two above
-    save_minutes: float = 5.0  # longest time between two checkpoints
-    keep_checkpoints: int = 2  # how many of the newest checkpoints to keep, beside the best
-    part_mib: int | None = None  # largest file of a checkpoint in MiB, for runs whose checkpoints have to travel
-    prime_length: int = 100  # characters of the validation text that the sample at the end goes on from
-    sample_length: int = 600  # characters of text to generate
-    seed: int = 0  # of initialization, dropout and sampling
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; parameters and state stay float32
-    remat_chunk: int | None = None  # recompute the forward pass in chunks of so many steps: less memory, more time
-
-
-def defaults(preset: str = "quick", model: str = "ln_hyper_lstm") -> Config:
-    """The defaults of a preset and a model."""
-    _one_of("preset", preset, ("quick", "cpu", "reduced", "paper", "wikipedia"))
-    if preset == "wikipedia":
-        _one_of("model", model, WIKIPEDIA, " of --preset wikipedia")
-        big: dict[str, Any] = {"hyper_units": 256, "embedding": 64, "length": 250, "epochs": 20, "eval_every": 2800}
-        return Config(preset, model, corpus="enwik8", units=WIKIPEDIA[model]["units"], **big, steps_per_call=20)
-    if preset in ("paper", "reduced"):
-        _one_of("model", model, PAPER_MODELS, f" of --preset {preset}")
-        row = {name: value for name, value in PAPER_MODELS[model].items() if name != "cell"}
-        if preset == "paper":
-            return Config(preset, model, corpus="ptb", **row, epochs=100, steps_per_call=20)
-        row |= {"units": round(row["units"] * 0.256), "hyper_units": 32, "keep": 1.0}
-        recipe: dict[str, Any] = {"learning_rate": 2e-3, "decay": 0.5, "batch": 32, "epochs": 5, "eval_every": 1567}
-        return Config(preset, model, corpus="ptb", **row, **recipe)
-    _one_of("model", model, CELLS, f" of --preset {preset}")
-    if preset == "cpu":
-        sizes: dict[str, Any] = {"units": UNITS["cpu"][model], "hyper_units": 64}
-        return Config(
-            preset,
-            model,
-            corpus="ptb",
-            **sizes,
-            learning_rate=2e-3,
-            keep=1.0,
-            batch=32,
-            epochs=3,
-            eval_every=784,
-            decay=0.5,
-        )
-    fast: dict[str, Any] = {
-        "units": UNITS["quick"][model],
-        "hyper_units": 32,
-        "learning_rate": 5e-3,
-        "decay": 0.6,
-        "keep": 1.0,
-        "batch": 32,
-        "length": 64,
-    }
-    return Config(preset, model, **fast, epochs=4, eval_every=200, sample_length=400)
-
-
-def check(config: Config) -> None:
-    """Raises ValueError for a field that makes no sense."""
-    whole: tuple[str, ...]
-    whole = ("units", "layers", "hyper_units", "embedding", "batch", "length", "eval_every", "eval_batch", "log_every")
-    whole += ("keep_checkpoints", "prime_length", "sample_length", "steps", "remat_chunk", "part_mib", "steps_per_call")
-    for name in whole:
-        value = getattr(config, name)
-        _expect(value is None or value >= 1, name, value, "a whole number of at least 1")
-    for name in ("eval_every", "log_every"):
-        value, each = getattr(config, name), config.steps_per_call
-        _expect(value % each == 0, name, value, f"a multiple of --steps-per-call, {each}")
-    for name in ("learning_rate", "clip", "epochs", "save_minutes"):
-        value = getattr(config, name)
-        _expect(0 < value < math.inf, name, value, "a positive number")
-    _expect(0 <= config.seed < 2**32, "seed", config.seed, "a whole number from 0 to 2**32 - 1")
-    _expect(0 < config.keep <= 1, "keep", config.keep, "a probability in (0, 1]; 1 is no dropout")
-    _expect(0 <= config.decay <= 1, "decay", config.decay, "a fraction in [0, 1]; 0 is no decay")
+# What a model of the library and a configuration call by the same name.
+SHARED: tuple[str, ...] = (
+    "units",
+    "layers",
+    "hyper_units",
+    "embedding",
+    "input_units",
+    "tied",
+    "skip",
+    "gate_input",
+    "keep",
+)
+SHARED += ("variational", "weight_keep", "remat_chunk")
 
 
 def make_model(config: Config, vocabulary: int) -> LanguageModel:
     """The language model of a configuration."""
     rows = {"paper": PAPER_MODELS, "reduced": PAPER_MODELS, "wikipedia": WIKIPEDIA}.get(config.preset, {})
-    cell = rows[config.model]["cell"] if rows else config.model
-    sizes = {name: getattr(config, name) for name in ("units", "layers", "hyper_units", "embedding", "keep")}
+    cell = rows[config.model]["cell"] if rows else "ln_hyper_lstm" if config.preset == "levers" else config.model
     dtype = None if config.dtype == "float32" else config.dtype
-    return LanguageModel(cell=cell, vocabulary=vocabulary, **sizes, dtype=dtype, remat_chunk=config.remat_chunk)
+    return LanguageModel(cell, vocabulary, **{name: getattr(config, name) for name in SHARED}, dtype=dtype)
 
 
 def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
-    """Adam on gradients clipped by their global norm."""
-    rate = training.schedule(config.learning_rate, steps, config.decay)
-    return optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(rate))
+    """Adam, or AdamW, on gradients clipped by their global norm; it may keep the mean of the parameters."""
+    rate = training.schedule(config.learning_rate, steps, config.decay, config.warmup)
+    adam = optax.adam(rate)
+    if config.weight_decay:
+        adam = optax.adamw(rate, weight_decay=config.weight_decay, mask=training.matrices)
+    optimizer = optax.chain(optax.clip_by_global_norm(config.clip), adam)
+    return training.average_params(optimizer, config.average) if config.average else optimizer
+
+
+def evaluated(state: training.TrainState) -> Any:
+    """The parameters that a run is judged by: their mean where the optimizer keeps one."""
+    return training.averaged_params(state.opt_state, state.params)
 
 
 def make_create(config: Config, model: LanguageModel, optimizer: Any) -> Callable[[jax.Array], training.TrainState]:
@@ -238,7 +150,7 @@ def run(config: Config, corpus: Corpus, streams: Streams, workdir: training.Work
             checkpoints=checkpoints,
             metrics=metrics,
             timings=timings,
-            validate=lambda state: {"valid_bpc": bpc(state.params, cut["valid"])},
+            validate=lambda state: {"valid_bpc": bpc(evaluated(state), cut["valid"])},
             best="valid_bpc",
             eval_every=config.eval_every,
             log_every=config.log_every,
@@ -255,7 +167,7 @@ def run(config: Config, corpus: Corpus, streams: Streams, workdir: training.Work
         print(f"warning: {error}; the summary is of the last state", file=sys.stderr)
         best = state
     prime = corpus.valid[: config.prime_length]
-    drawn = generate(model, best.params, prime, config.sample_length, sample_key)
+    drawn = generate(model, evaluated(best), prime, config.sample_length, sample_key)
     sample = corpus.decode([*prime, *drawn])
     (workdir.path / "sample.txt").write_text(sample + "\n", encoding="utf-8")
     training.say(f"\nThe model goes on from the first {len(prime)} characters:\n\n{sample}\n")
@@ -264,7 +176,7 @@ def run(config: Config, corpus: Corpus, streams: Streams, workdir: training.Work
         "model": config.model,
         "corpus": corpus.name,
         "valid_bpc": checkpoints.best[1] if checkpoints.best else None,
-        "test_bpc": bpc(best.params, cut["test"]),
+        "test_bpc": bpc(evaluated(best), cut["test"]),
         "best_step": int(best.step),
         "steps": steps,
         "chars_per_second": round(statistics.median(speeds)) if speeds else None,
@@ -295,8 +207,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     started = time.perf_counter()
     config = training.parse(defaults, argv=argv, description=__doc__, prog="char_lm.py")
-    with training.bad_input(__file__):
+    with training.bad_input(__file__), training.bad_input(char_lm_presets.__file__):
         check(config)
+        make_model(config, vocabulary=1)  # raises for what does not go together
         workdir = training.Workdir(config.workdir or f"runs/char_lm-{config.preset}", config, FREE)
         if workdir.summary is None:
             corpus = load_corpus(config.corpus, config.data_dir)
@@ -309,16 +222,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             workdir.finish(run(config, corpus, streams, workdir, started))
     training.print_summary(workdir.summary or {})
     return 0
-
-
-def _one_of(name: str, value: str, choices, where: str = "") -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}, expected one{where} of {', '.join(choices)}")
-
-
-def _expect(ok: bool, name: str, value: object, expected: str) -> None:
-    if not ok:
-        raise ValueError(f"--{name.replace('_', '-')} is {value}, expected {expected}")
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def restore(workdir: Path, config: char_lm.Config, model: LanguageModel, corpus:
             tell("no checkpoint was evaluated yet: using the newest")
         else:
             state = checkpoints.restore_best(like)
-    return state.params, int(state.step)
+    return char_lm.evaluated(state), int(state.step)
 
 
 def draw(

@@ -2,20 +2,23 @@
 
     python experiments/table3.py runs/reduced-*                 # adds them to experiments/results/ptb.json
     python experiments/table3.py --preset paper                 # prints what the file holds of the paper's size
+    python experiments/table3.py --preset levers                # or of what goes beyond it
 
 A run is known by its configuration: collected twice, it stands there once.
 """
 
 import dataclasses
 import json
+import math
 import shlex
 import statistics
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import char_lm_presets
 import tyro
-from char_lm import FREE, defaults
+from char_lm_presets import FREE, LEVERS, defaults
 
 from hyperjax import training
 
@@ -30,6 +33,7 @@ PUBLISHED = {
     "ln_hyper_lstm_large": (1.233, 1.263),
     "ln_hyper_lstm_2x": (1.219, 1.245),
 }
+PRESETS = ("reduced", "paper", "levers")
 RESULTS = Path(__file__).parent / "results" / "ptb.json"
 RUN = ("seed", "device", "jax_version", "git_commit", "steps", "best_step", "seconds", "chars_per_second")
 TAKEN = (*RUN, "params", "valid_bpc", "test_bpc")  # of a run's summary
@@ -41,7 +45,7 @@ class Config:
 
     workdirs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR")] = ()  # finished runs
     results: Path = RESULTS  # the file to add them to
-    preset: str = "reduced"  # the runs to print: reduced or paper
+    preset: str = "reduced"  # the runs to print: reduced, paper or levers
 
 
 def read_run(workdir: Path) -> dict[str, Any] | None:
@@ -54,13 +58,13 @@ def read_run(workdir: Path) -> dict[str, Any] | None:
         Its command, config and figures; None if the run has not finished.
 
     Raises:
-        ValueError: the folder holds no run of char_lm.py on Penn Treebank with a row of Table 3, or a damaged one.
+        ValueError: the folder holds no run of char_lm.py on Penn Treebank of one of these presets, or a damaged one.
     """
-    fix = "give the workdir of char_lm.py --preset reduced or paper"
+    fix = f"give the workdir of char_lm.py --preset {' or '.join(PRESETS)}"
     if not (workdir / "config.json").is_file():
         raise ValueError(f"{workdir} holds no config.json; {fix}")
     config = _read(workdir / "config.json")
-    if config.get("corpus") != "ptb" or config.get("preset") not in ("reduced", "paper"):
+    if config.get("corpus") != "ptb" or config.get("preset") not in PRESETS:
         raise ValueError(f"{workdir} is a run of {config.get('preset')!r} on {config.get('corpus')!r}; {fix}")
     if not (workdir / "summary.json").is_file():
         return None
@@ -77,14 +81,18 @@ def command(config: dict[str, Any]) -> str:
     usual = dataclasses.asdict(defaults(config["preset"], config["model"]))
     given = {name: value for name, value in config.items() if name in usual and value != usual[name]}
     given = {"preset": config["preset"], "model": config["model"], **given}
-    flags = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    flags = []
+    for name, value in given.items():
+        flag = name.replace("_", "-")
+        flags += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
     return shlex.join(["python", "experiments/char_lm.py", *flags])
 
 
 def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Both lists, a newer run in place of an older one of the same command, in the order of Table 3."""
+    """Both lists, a newer run in place of an older one of the same command, ordered as Table 3 or the levers are."""
     runs = {run["command"]: run for run in [*old, *new]}
-    return sorted(runs.values(), key=lambda run: (list(PUBLISHED).index(run["config"]["model"]), run["command"]))
+    order = [*PUBLISHED, *LEVERS]
+    return sorted(runs.values(), key=lambda run: (order.index(run["config"]["model"]), run["command"]))
 
 
 def table(runs: list[dict[str, Any]]) -> str:
@@ -92,17 +100,20 @@ def table(runs: list[dict[str, Any]]) -> str:
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         groups.setdefault(command({**run["config"], "seed": 0}), []).append(run)
-    lines = ["| command | parameters | seeds | valid bpc | test bpc | in the paper: valid | test | steps | chars/s |"]
-    lines.append("|---" * 9 + "|")
+    published = any(run["config"]["model"] in PUBLISHED for run in runs)
+    paper = " in the paper: valid | test |" if published else ""
+    lines = [f"| command | parameters | seeds | valid bpc | test bpc |{paper} steps | chars/s |"]
+    lines.append("|---" * (lines[0].count("|") - 1) + "|")
     for text, same in groups.items():
-        first, (test, valid) = same[0], PUBLISHED[same[0]["config"]["model"]]
+        first = same[0]
+        test, valid = PUBLISHED.get(first["config"]["model"], (math.nan, math.nan))
         text = text.removeprefix("python experiments/char_lm.py ")
         speeds = [run["chars_per_second"] for run in same if run["chars_per_second"]]
         speed = f"{statistics.median(speeds):,.0f}" if speeds else "-"
         measured = " | ".join(_spread([run[f"{split}_bpc"] for run in same]) for split in ("valid", "test"))
         lines.append(
             f"| `{text}` | {first['params']:,} | {len(same)} | {measured} "
-            f"| {valid:.3f} | {test:.3f} | {first['steps']:,} | {speed} |"
+            f"|{paper and f' {valid:.3f} | {test:.3f} |'} {first['steps']:,} | {speed} |"
         )
     return "\n".join(lines)
 
@@ -122,9 +133,9 @@ def _read(path: Path) -> Any:
 def main(argv: list[str] | None = None) -> int:
     """Collects and prints; returns the exit status, 2 for bad input."""
     config = training.parse(Config, (), argv, description=__doc__, prog="table3.py")
-    with training.bad_input(__file__):
-        if config.preset not in ("reduced", "paper"):
-            raise ValueError(f"--preset is {config.preset}, expected reduced or paper")
+    with training.bad_input(__file__), training.bad_input(char_lm_presets.__file__):
+        if config.preset not in PRESETS:
+            raise ValueError(f"--preset is {config.preset}, expected {' or '.join(PRESETS)}")
         found = {workdir: read_run(workdir) for workdir in config.workdirs}
         runs = merged(_read(config.results) if config.results.exists() else [], [run for run in found.values() if run])
         if not runs:

@@ -1,7 +1,9 @@
 """experiments/char_lm.py: it trains, survives a kill, and says in one line what is wrong with its input."""
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ import char_lm
 import jax
 import jax.numpy as jnp
 import pytest
+from char_lm_presets import LEVERS
 from test_language_model import COUNTS
 
 from hyperjax.data import evaluation_windows, load_corpus
@@ -159,6 +162,35 @@ def test_the_reduced_preset_is_a_quarter_of_the_papers(row):
     assert 1 / 16.5 < parameters(config, 50) / parameters(whole, 50) < 1 / 11
 
 
+def test_every_lever_changes_one_thing():
+    base = dataclasses.asdict(char_lm.defaults("levers", "base"))
+    for name, options in LEVERS.items():
+        config = char_lm.defaults("levers", name)
+        char_lm.check(config)
+        assert parameters(config, 50) > 0
+        changed = {key for key, value in dataclasses.asdict(config).items() if value != base[key]} - {"model"}
+        assert changed == set(options)
+    assert len(LEVERS) == len({str(options) for options in LEVERS.values()}) == 14
+
+
+def test_everything_beyond_the_paper_at_once_resumes_to_the_same_run(corpus_file, tmp_path, capsys):
+    options = ["--preset=levers", "--model=highway", f"--corpus={corpus_file}", "--units=8", "--hyper-units=4"]
+    options += ["--input-units=6", "--tied", "--gate-input", "--keep=0.9", "--variational", "--weight-keep=0.9"]
+    options += ["--weight-decay=0.1", "--warmup=3", "--decay=1", "--average=0.9", "--batch=4", "--length=10"]
+    options += ["--steps=8", "--eval-every=4", "--log-every=1", "--sample-length=5", "--eval-batch=4"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert char_lm.main([*options, f"--workdir={whole}"]) == 0
+    shutil.copytree(whole, cut)
+    (cut / "summary.json").unlink()
+    shutil.rmtree(cut / "checkpoints" / "8")
+    capsys.readouterr()
+    assert char_lm.main([*options, f"--workdir={cut}"]) == 0
+    assert "resuming after step 4 of 8" in capsys.readouterr().out
+    assert (cut / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    first, second = (json.loads((each / "summary.json").read_text()) for each in (whole, cut))
+    assert first["test_bpc"] == second["test_bpc"]
+
+
 @pytest.mark.parametrize(("row", "units"), [("ln_lstm", 1800), ("ln_hyper_lstm", 1800), ("ln_hyper_lstm_2048", 2048)])
 def test_the_wikipedia_preset_is_the_papers(row, units):
     config = char_lm.defaults("wikipedia", row)
@@ -211,7 +243,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "line"),
         [
-            (["--preset=huge"], "preset is 'huge', expected one of quick, cpu, reduced, paper, wikipedia"),
+            (["--preset=huge"], "preset is 'huge', expected one of quick, cpu, reduced, paper, wikipedia, levers"),
             (["--model=gru"], "model is 'gru', expected one of --preset quick of lstm, ln_lstm, hyper_rnn"),
             (["--preset=paper", "--model=hyper_rnn"], "lstm_2x1000"),
             (["--unitz=3"], "--unitz is not a field of this experiment; did you mean --units?"),
@@ -225,6 +257,15 @@ class TestBadInput:
             (["--steps-per-call=7"], "--eval-every is 200, expected a multiple of --steps-per-call, 7"),
             (["--part-mib=0"], "--part-mib is 0"),
             (["--clip=inf"], "--clip is inf"),
+            (["--weight-keep=0"], "--weight-keep is 0.0, expected a probability in (0, 1]"),
+            (["--input-units=-1"], "--input-units is -1, expected a whole number of at least 0"),
+            (["--warmup=-5"], "--warmup is -5, expected a whole number of at least 0"),
+            (["--weight-decay=-1"], "--weight-decay is -1.0, expected a number of at least 0"),
+            (["--average=1"], "--average is 1.0, expected a number in [0, 1)"),
+            (["--tied"], "--tied is True, expected --input-units of at least 1 with it"),
+            (["--skip=dense"], "--skip"),
+            (["--model=lstm", "--gate-input"], "gate_input is True, but the cell 'lstm' is no HyperLSTM"),
+            (["--preset=levers", "--model=lstm"], "model is 'lstm', expected one of --preset levers of base, "),
             ([f"--seed={2**32}"], "--seed is 4294967296, expected a whole number from 0"),
             ([f"--workdir={'long' * 99}"], "cannot write in longlong"),
             (["--batch=1000", "--length=1000"], "batch 1000 x length 1000 needs 1000001 characters"),

@@ -109,6 +109,16 @@ def test_a_workdir_keeps_its_configuration(tmp_path):
     assert json.loads((path / "config.json").read_text()) == saved
 
 
+def test_a_field_that_an_older_run_did_not_have_counts_as_its_default(tmp_path):
+    Workdir(tmp_path, Config(units=9)).open().close()
+    saved = json.loads((tmp_path / "config.json").read_text())
+    del saved["steps"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    Workdir(tmp_path, Config(units=9)).open().close()
+    with pytest.raises(ValueError, match=r"another configuration: steps None -> 5; use"):
+        Workdir(tmp_path, Config(units=9, steps=5))
+
+
 def test_a_finished_run_has_its_summary(tmp_path):
     workdir = Workdir(tmp_path, Config())
     assert workdir.summary is None

@@ -92,3 +92,15 @@ def test_nothing_to_print_is_one_line(tmp_path, capsys):
         with pytest.raises(SystemExit):
             table3.main([f"--results={tmp_path / 'absent.json'}", *arguments])
         assert line in capsys.readouterr().err
+
+
+def test_levers_have_no_published_figures(tmp_path, capsys):
+    config = dataclasses.asdict(char_lm.defaults("levers", "tied"))
+    run = make_run(tmp_path / "a")
+    (run / "config.json").write_text(json.dumps(config))
+    (found,) = collect(tmp_path, run, preset="levers")
+    assert found["command"] == "python experiments/char_lm.py --preset levers --model tied"
+    assert table3.command({**config, "model": "base"}).endswith("--model base --input-units 192 --tied")
+    header, _, line = capsys.readouterr().out.splitlines()
+    assert "paper" not in header
+    assert line.count("|") == header.count("|") == 8

@@ -130,6 +130,7 @@ class Workdir:
     def __init__(self, path: str | os.PathLike, config: Any, free: Sequence[str] = ("workdir", "data_dir")):
         self.path = Path(path).expanduser()
         self.config = {name: value for name, value in dataclasses.asdict(config).items() if name != "workdir"}
+        self.fields = dataclasses.fields(config)
         self.free = free
         self._lock: Any = None
         self._compare()
@@ -193,7 +194,8 @@ class Workdir:
             if os.path.exists(self.path / "checkpoints"):
                 raise ValueError(f"{self.path} holds checkpoints but no config.json; choose another --workdir")
             return
-        old, new = _read_json(path), json.loads(json.dumps(self.config))
+        added = {field.name: field.default for field in self.fields if field.default is not dataclasses.MISSING}
+        old, new = added | _read_json(path), json.loads(json.dumps(self.config))  # a field added later had its default
         changed = [
             f"{name} {old.get(name)!r} -> {new.get(name)!r}"
             for name in dict.fromkeys([*old, *new])
