@@ -9,7 +9,6 @@ The text alone goes to stdout, so that it can be piped; everything else goes to 
 import contextlib
 import dataclasses
 import io
-import json
 import math
 import os
 import re
@@ -18,15 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import char_lm
+import char_lm_runs
 import jax
 import numpy as np
 import tyro
 
 from hyperjax import training
-from hyperjax.data import Corpus, load_corpus
-from hyperjax.data.text import NAMES
-from hyperjax.recurrent import LanguageModel, generate
+from hyperjax.recurrent import generate
 from hyperjax.recurrent.dynamics import scale_changes
 
 GATE_NAMES = {"i": "input gate i", "g": "candidate g", "f": "forget gate f", "o": "output gate o", "": "recurrent net"}
@@ -70,51 +67,6 @@ def check(config: Config) -> None:
         raise ValueError(f"--dynamics is {path}, but there is no folder {path.parent}; create it first")
     if os.path.isdir(path) or not os.access(path.parent, os.W_OK):
         raise ValueError(f"--dynamics is {path}, which cannot be written; choose another file")
-
-
-def read_config(workdir: Path, data_dir: str | None) -> char_lm.Config:
-    """The configuration of the run in a folder.
-
-    Raises:
-        ValueError: there is no run of char_lm.py in it, or none that got as far as a checkpoint.
-    """
-    if not os.path.isdir(workdir):
-        raise ValueError(f"{workdir} is not a folder; give the --workdir of a run of char_lm.py")
-    path = workdir / "config.json"
-    if not os.path.exists(path):
-        raise ValueError(f"{workdir} holds no run, for it has no config.json; give the --workdir of a run")
-    try:
-        config = char_lm.Config(**json.loads(path.read_text(encoding="utf-8")))
-        char_lm.defaults(config.preset, config.model)
-        char_lm.check(config)
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not the configuration of a run of char_lm.py ({error}); restore it") from error
-    return dataclasses.replace(config, data_dir=data_dir or config.data_dir)
-
-
-def restore(workdir: Path, config: char_lm.Config, model: LanguageModel, corpus: Corpus) -> tuple[Any, int]:
-    """The parameters of a run's best checkpoint, and their step; nothing is compiled.
-
-    Raises:
-        ValueError: there is no checkpoint, none that is whole, or the corpus is not the one it was trained on.
-    """
-    create = char_lm.make_create(config, model, char_lm.make_optimizer(config, steps=1))
-    like = jax.eval_shape(create, jax.random.key(0))
-    with training.Checkpoints[training.TrainState](workdir / "checkpoints") as checkpoints:
-        meta = checkpoints.meta()
-        if meta is None:
-            raise ValueError(f"{workdir} has no checkpoint yet; let the run go on until it has saved one")
-        if meta.get("fingerprint") != corpus.fingerprint:
-            raise ValueError(f"the text of {corpus.name} has changed since this run began; restore it, or train again")
-        restored = checkpoints.restore(like)
-        assert restored is not None
-        state = restored[0]
-        tell(*checkpoints.notes)
-        if checkpoints.best is None:
-            tell("no checkpoint was evaluated yet: using the newest")
-        else:
-            state = checkpoints.restore_best(like)
-    return char_lm.evaluated(state), int(state.step)
 
 
 def draw(
@@ -223,12 +175,6 @@ def ink_on(colour: Sequence[float]) -> str:
     return "black" if luminance > 0.179 else "white"
 
 
-def tell(*lines: str) -> None:
-    """Prints to stderr."""
-    for line in lines:
-        print(line, file=sys.stderr)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Samples.
 
@@ -239,21 +185,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status; 2 for bad input.
     """
     config = training.parse(Config, (), argv, description=__doc__, prog="sample_text.py")
-    with training.bad_input(__file__), contextlib.redirect_stdout(sys.stderr):
+    ours = training.bad_input(__file__), training.bad_input(char_lm_runs.__file__)
+    with ours[0], ours[1], contextlib.redirect_stdout(sys.stderr):
         check(config)
         workdir, picture = config.workdir.expanduser(), config.dynamics
-        run = read_config(workdir, config.data_dir)
-        if run.corpus not in NAMES and not os.path.exists(Path(run.corpus).expanduser()):
-            raise ValueError(f"the run's text {run.corpus} is not there; put it back, or go where the run was started")
-        corpus = load_corpus(run.corpus, run.data_dir)
-        model = char_lm.make_model(run, len(corpus.symbols))
+        run, corpus, model, restore = char_lm_runs.open_run(workdir, config.data_dir)
         if picture and model.cell in ("lstm", "ln_lstm"):
             raise ValueError(f"--dynamics needs a model with a hyper cell, and {workdir} holds {run.model}; drop it")
         prime = corpus.encode(config.prime)
-        params, step = restore(workdir, run, model, corpus)
+        params, step = restore()
     read = corpus.decode(prime)
     if read != config.prime:
-        tell(f"the prime has characters that {corpus.name} has not, read as the unknown symbol: {read!r}")
+        char_lm_runs.tell(f"the prime has characters that {corpus.name} has not, read as the unknown symbol: {read!r}")
     drawn = generate(model, params, prime, config.length, jax.random.key(config.seed), config.temperature)
     ids = np.concatenate([prime, np.asarray(drawn)])
     training.say(corpus.decode(ids))
@@ -271,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         title = f"How much the {kind} changes its own weights, character by character"
         with training.bad_input(__file__):
             draw(picture, [corpus.symbols[n] for n in ids[:LONGEST]], changes, len(prime), title, note)
-        tell(f"drew {picture}")
+        char_lm_runs.tell(f"drew {picture}")
     return 0
 
 

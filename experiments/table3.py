@@ -73,7 +73,9 @@ def read_run(workdir: Path) -> dict[str, Any] | None:
     if missing:
         raise ValueError(f"{workdir / 'summary.json'} lacks {', '.join(missing)}; {fix}")
     config = {name: value for name, value in config.items() if name not in FREE}
-    return {"command": command(config), "config": config, **{name: summary[name] for name in TAKEN}}
+    dynamic = workdir / "dynamic.json"
+    more = {"dynamic_evaluation": _read(dynamic)} if dynamic.is_file() else {}
+    return {"command": command(config), "config": config, **{name: summary[name] for name in TAKEN}, **more}
 
 
 def command(config: dict[str, Any]) -> str:
@@ -102,7 +104,8 @@ def table(runs: list[dict[str, Any]]) -> str:
         groups.setdefault(command({**run["config"], "seed": 0}), []).append(run)
     published = any(run["config"]["model"] in PUBLISHED for run in runs)
     paper = " in the paper: valid | test |" if published else ""
-    lines = [f"| command | parameters | seeds | valid bpc | test bpc |{paper} steps | chars/s |"]
+    moving = " test bpc, dynamic evaluation |" if any("dynamic_evaluation" in run for run in runs) else ""
+    lines = [f"| command | parameters | seeds | valid bpc | test bpc |{moving}{paper} steps | chars/s |"]
     lines.append("|---" * (lines[0].count("|") - 1) + "|")
     for text, same in groups.items():
         first = same[0]
@@ -111,8 +114,10 @@ def table(runs: list[dict[str, Any]]) -> str:
         speeds = [run["chars_per_second"] for run in same if run["chars_per_second"]]
         speed = f"{statistics.median(speeds):,.0f}" if speeds else "-"
         measured = " | ".join(_spread([run[f"{split}_bpc"] for run in same]) for split in ("valid", "test"))
+        dynamic = [run["dynamic_evaluation"]["test_bpc"] for run in same if "dynamic_evaluation" in run]
         lines.append(
             f"| `{text}` | {first['params']:,} | {len(same)} | {measured} "
+            f"{moving and f'| {_spread(dynamic) if dynamic else chr(45)} '}"
             f"|{paper and f' {valid:.3f} | {test:.3f} |'} {first['steps']:,} | {speed} |"
         )
     return "\n".join(lines)

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import char_lm
+import char_lm_runs
 import numpy as np
 import pytest
 import sample_text
@@ -93,10 +94,7 @@ def test_a_character_of_no_symbol_is_read_as_unknown_and_said(trained, capsys):
 
 def test_uses_the_best_checkpoint_and_leaves_the_run_as_it_is(trained):
     before = {path: path.read_bytes() for path in sorted(trained.rglob("*")) if path.is_file()}
-    run = sample_text.read_config(trained, None)
-    corpus = sample_text.load_corpus(run.corpus)
-    model = char_lm.make_model(run, len(corpus.symbols))
-    params, step = sample_text.restore(trained, run, model, corpus)
+    params, step = char_lm_runs.open_run(trained).restore()
     summary = json.loads((trained / "summary.json").read_text())
     assert step == summary["best_step"]
     assert sum(np.size(leaf) for leaf in sample_text.jax.tree.leaves(params)) == summary["params"]

@@ -1,6 +1,7 @@
 """Recurrent nets: LSTM, layer-norm LSTM, HyperRNN, HyperLSTM, a fast scan over time, a character language model."""
 
 from hyperjax.recurrent.cells import LSTM, Cell
+from hyperjax.recurrent.dynamic_evaluation import dynamic_evaluate, gradient_rms
 from hyperjax.recurrent.dynamics import generated_scales, scale_changes
 from hyperjax.recurrent.full import FullHyperLSTM, FullHyperRNN
 from hyperjax.recurrent.hyper_cells import HyperLSTM, HyperRNN
@@ -22,7 +23,9 @@ __all__ = [
     "LanguageModel",
     "Weights",
     "deferred_scan",
+    "dynamic_evaluate",
     "generate",
     "generated_scales",
+    "gradient_rms",
     "scale_changes",
 ]
