@@ -33,6 +33,7 @@ PUBLISHED = {
     "ln_hyper_lstm_large": (1.233, 1.263),
     "ln_hyper_lstm_2x": (1.219, 1.245),
 }
+EPOCH = 5_017_482  # characters of the training split
 PRESETS = ("reduced", "paper", "levers")
 RESULTS = Path(__file__).parent / "results" / "ptb.json"
 RUN = ("seed", "device", "jax_version", "git_commit", "steps", "best_step", "seconds", "chars_per_second")
@@ -105,20 +106,21 @@ def table(runs: list[dict[str, Any]]) -> str:
     published = any(run["config"]["model"] in PUBLISHED for run in runs)
     paper = " in the paper: valid | test |" if published else ""
     moving = " test bpc, dynamic evaluation |" if any("dynamic_evaluation" in run for run in runs) else ""
-    lines = [f"| command | parameters | seeds | valid bpc | test bpc |{moving}{paper} steps | chars/s |"]
+    lines = [f"| command | parameters | seeds | valid bpc | test bpc |{moving}{paper} minutes an epoch | hardware |"]
     lines.append("|---" * (lines[0].count("|") - 1) + "|")
     for text, same in groups.items():
         first = same[0]
         test, valid = PUBLISHED.get(first["config"]["model"], (math.nan, math.nan))
         text = text.removeprefix("python experiments/char_lm.py ")
         speeds = [run["chars_per_second"] for run in same if run["chars_per_second"]]
-        speed = f"{statistics.median(speeds):,.0f}" if speeds else "-"
+        minutes = f"{EPOCH / statistics.median(speeds) / 60:.3g}" if speeds else "-"
+        devices = ", ".join(dict.fromkeys(run["device"] for run in same))
         measured = " | ".join(_spread([run[f"{split}_bpc"] for run in same]) for split in ("valid", "test"))
         dynamic = [run["dynamic_evaluation"]["test_bpc"] for run in same if "dynamic_evaluation" in run]
         lines.append(
             f"| `{text}` | {first['params']:,} | {len(same)} | {measured} "
             f"{moving and f'| {_spread(dynamic) if dynamic else chr(45)} '}"
-            f"|{paper and f' {valid:.3f} | {test:.3f} |'} {first['steps']:,} | {speed} |"
+            f"|{paper and f' {valid:.3f} | {test:.3f} |'} {minutes} | {devices} |"
         )
     return "\n".join(lines)
 

@@ -40,7 +40,7 @@ def test_seeds_of_one_configuration_are_one_line(tmp_path, capsys):
     assert runs[1]["command"] == "python experiments/char_lm.py --preset reduced --model lstm --seed 1"
     lines = capsys.readouterr().out.splitlines()[2:]
     assert len(lines) == 2
-    assert "| 2 | 1.550 ± 0.014 | 1.510 ± 0.014 | 1.347 | 1.312 | 7,835 | 28,000 |" in lines[0]
+    assert "| 2 | 1.550 ± 0.014 | 1.510 ± 0.014 | 1.347 | 1.312 | 2.99 | 2 CPU cores |" in lines[0]
     assert "`--preset reduced --model ln_hyper_lstm --learning-rate 0.003` " in lines[1]
 
 
