@@ -2,13 +2,13 @@
 
     python experiments/bench_recurrent.py --json bench.json
 
-Everything runs in one process, in turn, so that the ratios hold although the machine's speed drifts: our layer; the
-same cell under `lax.scan`, differentiated as it stands; the same matrix products and nothing else (the floor); Flax's
-LSTM; and, where the `bench` extra is installed, PyTorch's LSTM and labml-nn's HyperLSTM.
+Everything runs in one process, in turn, so that the ratios hold although the machine's speed drifts: our layer, also
+with bfloat16 products; the same cell under `lax.scan`, differentiated as it stands; the same matrix products and
+nothing else (the floor); Flax's LSTM; and, where installed (the `bench` extra), PyTorch's LSTM and labml-nn's
+HyperLSTM, on the GPU if JAX is. Then a whole training step, several to a call, and the floor by counting.
 """
 
 import dataclasses
-import importlib.util
 import json
 import os
 import sys
@@ -18,15 +18,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import bench_recurrent_parts as parts
+import char_lm
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from char_lm_presets import defaults
 
 from hyperjax import training
-from hyperjax.recurrent import FastRNN, HyperLSTM, Weights
-from hyperjax.recurrent.scan import product
+from hyperjax.data import Streams
+from hyperjax.recurrent import FastRNN, HyperLSTM
+from hyperjax.timing import compiled, in_turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +41,20 @@ class Config:
     embedding: int = 4  # N_z
     features: int = 50  # width of the input, a one-hot symbol
     batch: int = 128  # sequences in parallel
-    steps: int = 25  # time steps of the speed measurement
+    steps: int = 0  # time steps; 0 is 100, but 25 on a CPU
+    calls: int = 0  # training steps a call; 0 is 20, but 2 on a CPU
     memory_steps: int = 400  # time steps of the memory measurement
     remat_chunk: int = 20  # steps of a rematerialised chunk, in the memory measurement
-    repeats: int = 5  # timed runs of each candidate, in turn; the median counts
+    repeats: int = 5  # rounds of two timed runs of each candidate, in turn; the median counts
     json: str | None = None  # file to write the figures to
+
+
+def sized(config: Config) -> Config:
+    """With the sizes that depend on the machine."""
+    cpu = jax.default_backend() == "cpu"
+    return dataclasses.replace(
+        config, steps=config.steps or (25 if cpu else 100), calls=config.calls or (2 if cpu else 20)
+    )
 
 
 def setup(config: Config, steps: int) -> tuple[jax.Array, jax.Array]:
@@ -51,8 +63,10 @@ def setup(config: Config, steps: int) -> tuple[jax.Array, jax.Array]:
     return jax.nn.one_hot(ids, config.features), jax.random.normal(jax.random.key(1), (*ids.shape, config.units))
 
 
-def cell(config: Config) -> HyperLSTM:
-    return HyperLSTM(config.units, hyper_units=config.hyper_units, embedding=config.embedding, layer_norm=True)
+def cell(config: Config, dtype: Any = None) -> HyperLSTM:
+    return HyperLSTM(
+        config.units, hyper_units=config.hyper_units, embedding=config.embedding, layer_norm=True, dtype=dtype
+    )
 
 
 def gradient(layer: Any, cotangent: jax.Array) -> Callable:
@@ -65,74 +79,29 @@ def gradient(layer: Any, cotangent: jax.Array) -> Callable:
     return jax.value_and_grad(loss)
 
 
-def floor(weights: Weights, config: Config) -> Callable:
-    """The matrix products of one forward and backward pass, each with its real shapes and order, and nothing else."""
-    z = weights.small["z"]
-    to_z = jnp.concatenate([z["W_h"], z["W_x"], z["W_b"]], -1)
-    scales = [v for k, v in z.items() if k.startswith("d_")]
-    U, gates, inputs = weights.small["hyper"]["U"], weights.recurrent, weights.inputs
-    S, Z = config.hyper_units, config.embedding
-    last = max(gates, key=lambda k: gates[k].shape[1] == config.units)  # the product that becomes the next h
+def training_call(config: Config, dtype: Any) -> Callable[[], Any]:
+    """A call of `calls` steps of char_lm.py's training of this model, on random text that lies on the device."""
+    sizes = {name: getattr(config, name) for name in ("units", "hyper_units", "embedding", "batch")}
+    run = dataclasses.replace(
+        defaults("paper", "ln_hyper_lstm"), **sizes, length=config.steps, steps_per_call=config.calls, dtype=dtype
+    )
+    ids = np.random.default_rng(0).integers(0, config.features, config.batch * config.steps * 4 + 1)
+    model, optimizer = char_lm.make_model(run, config.features), char_lm.make_optimizer(run, 1000)
+    advance, read = char_lm.make_advance(
+        run, char_lm.make_loss(model), optimizer, Streams(ids, config.batch, config.steps)
+    )
+    state, key, data = (
+        jax.jit(char_lm.make_create(run, model, optimizer))(jax.random.key(0)),
+        jax.random.key(1),
+        read(0),
+    )
 
-    def run(x_TBD, h_BH):
-        xp = {k: product(x_TBD, w) for k, w in inputs.items()}
+    def call():
+        nonlocal state
+        state, metrics = advance(state, data, key, config.calls)
+        return metrics
 
-        def forward(state, _):
-            h, h_hat = state
-            p = {k: product(h, w) for k, w in gates.items()}
-            u, e = product(h_hat, U), product(h_hat, to_z)
-            d = lax.optimization_barrier([product(e[:, n * Z : (n + 1) * Z], w) for n, w in enumerate(scales)])
-            return (p[last], u[:, :S]), (h, p, u, e, sum(v[0, 0] for v in d))
-
-        (dh, dh_hat), (h, p, u, e, used) = lax.scan(forward, (h_BH, h_BH[:, :S]), None, x_TBD.shape[0])
-
-        def backward(_, at_t):
-            p, u, e = at_t
-            dh = sum(product(p[k], w.T) for k, w in gates.items())
-            dz = [product(p[last], w.T) for w in scales]
-            dscales = [product(e[:, n * Z : (n + 1) * Z].T, p[last]) for n in range(len(scales))]
-            small = [product(u, U.T), product(e, to_z.T), product(u[:, :S].T, u), product(u[:, :S].T, e)]
-            kept = lax.optimization_barrier((dz, dscales, small))
-            return dh, sum(v[0, 0] for v in jax.tree.leaves(kept))
-
-        dh, kept = lax.scan(backward, dh, (p, u, e), reverse=True)
-        flat = h.reshape(-1, h.shape[-1]).T
-        dgates = {k: product(flat, v.reshape(-1, v.shape[-1])) for k, v in p.items()}
-        x = x_TBD.reshape(-1, x_TBD.shape[-1]).T
-        dinputs = {k: product(x, v.reshape(-1, v.shape[-1])) for k, v in xp.items()}
-        return dh, dh_hat, dgates, dinputs, used, kept
-
-    return run
-
-
-def torch_candidates(config: Config, steps: int) -> dict[str, Callable[[], None]]:
-    """PyTorch's LSTM and labml-nn's HyperLSTM, where installed."""
-    if importlib.util.find_spec("torch") is None:
-        return {}
-    import torch
-
-    x = torch.from_numpy(np.array(setup(config, steps)[0]))
-    v = torch.from_numpy(np.array(setup(config, steps)[1]))
-
-    def timed(module):
-        def call():
-            module.zero_grad(set_to_none=True)
-            (module(x)[0] * v).sum().backward()
-
-        return call
-
-    found = {"torch_lstm": timed(torch.nn.LSTM(config.features, config.units))}
-    if importlib.util.find_spec("labml_nn") is not None:
-        from labml_nn.hypernetworks.hyper_lstm import HyperLSTM as Labml
-
-        found["labml"] = timed(Labml(config.features, config.units, config.hyper_units, config.embedding, 1))
-    return found
-
-
-def compiled(function: Callable, *arguments: Any) -> tuple[Any, float]:
-    start = time.perf_counter()
-    made = jax.jit(function).lower(*arguments).compile()
-    return made, time.perf_counter() - start
+    return call
 
 
 def peak_bytes(config: Config, remat_chunk: int | None) -> int:
@@ -140,42 +109,49 @@ def peak_bytes(config: Config, remat_chunk: int | None) -> int:
     x, v = setup(config, config.memory_steps)
     layer = FastRNN(cell(config), time_major=True, remat_chunk=remat_chunk)
     variables = jax.eval_shape(layer.init, jax.random.key(0), x)
-    memory = compiled(gradient(layer, v), variables, x)[0].memory_analysis()
+    memory = compiled(gradient(layer, v), variables, x).memory_analysis()
     return memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
 
 
-def measure(config: Config) -> dict[str, float]:
-    """Flat figures: seconds_NAME, compile_seconds_NAME, ratios and peak bytes."""
+def measure(config: Config) -> dict[str, Any]:
+    """Flat figures: seconds_NAME, compile_seconds_NAME, ratios, counts and peak bytes."""
     x, v = setup(config, config.steps)
-    layers = {
+    layers: dict[str, Any] = {
         "ours": FastRNN(cell(config), time_major=True),
+        "ours_bfloat16": FastRNN(cell(config, jnp.bfloat16), time_major=True),
         "naive": nn.RNN(cell(config), time_major=True),
         "flax_lstm": nn.RNN(nn.OptimizedLSTMCell(config.units), time_major=True),
     }
     runs: dict[str, Callable[[], Any]] = {}
-    figures: dict[str, float] = {}
+    figures: dict[str, Any] = {"device": jax.devices()[0].device_kind}
+
+    def add(name: str, function: Callable, *arguments: Any) -> Any:
+        start = time.perf_counter()
+        call = compiled(function, *arguments)
+        figures[f"compile_seconds_{name}"] = time.perf_counter() - start
+        runs[name] = partial(call, *arguments)
+        return call
+
     for name, layer in layers.items():
         variables = jax.jit(layer.init)(jax.random.key(2), x)
+        call = add(name, gradient(layer, v), variables, x)
         if name == "ours":
             weights = FastRNN(cell(config)).bind(variables).cell.weights(config.features)
-        call, figures[f"compile_seconds_{name}"] = compiled(gradient(layer, v), variables, x)
-        runs[name] = partial(call, variables, x)
-    call, figures["compile_seconds_floor"] = compiled(floor(weights, config), x, v[0])
-    runs["floor"] = partial(call, x, v[0])
-    runs |= torch_candidates(config, config.steps)
+            if jax.default_backend() == "gpu":
+                figures["kernels"] = parts.kernels_in_a_step(call.as_text())
+    add("floor", parts.products_alone(weights), x, v[0])
+    runs |= parts.torch_runs(np.array(x), np.array(v), config.units, config.hyper_units, config.embedding)
+    runs |= {f"step_{dtype}": training_call(config, dtype) for dtype in ("float32", "bfloat16")}
 
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(config.repeats + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            if repeat:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
-    figures |= {f"seconds_{name}": float(np.median(values)) for name, values in seconds.items()}
+    for name, seconds in in_turn(runs, config.repeats).items():
+        each = config.calls if name.startswith("step_") else 1
+        figures[f"seconds_{name}"] = float(np.median(seconds)) / each
+    figures |= {f"counted_{k}": v for k, v in parts.counted_floor(weights, config.batch, config.steps, 3).items()}
     figures["ratio_ours_over_floor"] = figures["seconds_ours"] / figures["seconds_floor"]
     figures["ratio_naive_over_ours"] = figures["seconds_naive"] / figures["seconds_ours"]
-    if "labml" in runs:
-        figures["ratio_labml_over_ours"] = figures["seconds_labml"] / figures["seconds_ours"]
+    for name in ("torch_lstm", "labml"):
+        if name in runs:
+            figures[f"ratio_{name}_over_ours"] = figures[f"seconds_{name}"] / figures["seconds_ours"]
     figures["peak_bytes_remat"] = peak_bytes(config, config.remat_chunk)
     figures["peak_bytes_plain"] = peak_bytes(config, None)
     return figures
@@ -184,23 +160,36 @@ def measure(config: Config) -> dict[str, float]:
 LABELS = {
     "floor": "its matrix products alone",
     "ours": "HyperLSTM, hyperjax",
+    "ours_bfloat16": "the same, bfloat16 products",
     "naive": "the same cell, lax.scan",
     "flax_lstm": "LSTM, flax",
     "torch_lstm": "LSTM, PyTorch",
+    "torch_lstm_bfloat16": "LSTM, PyTorch, bfloat16",
     "labml": "HyperLSTM, labml-nn",
+    "step_float32": "training step, hyperjax",
+    "step_bfloat16": "the same, bfloat16 products",
 }
 
 
-def report(config: Config, figures: dict[str, float]) -> None:
+def report(config: Config, figures: dict[str, Any]) -> None:
     """Prints the table."""
-    print(f"{'':28}{'seconds':>9}{'x floor':>9}{'compile s':>11}")
+    print(f"{'':28}{'ms':>10}{'x floor':>9}{'characters/s':>14}{'compile s':>11}")
     for name, label in LABELS.items():
         if (seconds := figures.get(f"seconds_{name}")) is None:
-            print(f"{label:28}  not installed: pip install -e '.[bench]'")
+            if name != "torch_lstm_bfloat16":
+                print(f"{label:28}  not installed: pip install -e '.[bench]'")
             continue
         compile_seconds = figures.get(f"compile_seconds_{name}")
         shown = "-" if compile_seconds is None else f"{compile_seconds:.1f}"
-        print(f"{label:28}{seconds:9.3f}{seconds / figures['seconds_floor']:9.2f}{shown:>11}")
+        speed = config.batch * config.steps / seconds
+        print(f"{label:28}{1e3 * seconds:10.2f}{seconds / figures['seconds_floor']:9.2f}{speed:14,.0f}{shown:>11}")
+    print(
+        f"floor by counting: {1e3 * figures['counted_seconds']:.2f} ms, for {figures['counted_gflop']:,.0f} GFLOP at "
+        f"{figures['counted_tflop_per_second']:.3g} TFLOP/s and 2 x {config.steps} launches of "
+        f"{1e6 * figures['counted_launch_seconds']:.2f} us"
+    )
+    if "kernels" in figures:
+        print(f"kernels in a time step, a loop each: {', '.join(map(str, figures['kernels']))}")
     plain, remat = figures["peak_bytes_plain"], figures["peak_bytes_remat"]
     print(
         f"peak memory at {config.memory_steps} steps: {plain / 2**20:,.0f} MiB, "
@@ -211,8 +200,9 @@ def report(config: Config, figures: dict[str, float]) -> None:
 def check(config: Config) -> None:
     """Raises ValueError for a setting that makes no sense."""
     for name, value in dataclasses.asdict(config).items():
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected a whole number of at least 1")
+        least = 0 if name in ("steps", "calls") else 1
+        if isinstance(value, int) and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected a whole number of at least {least}")
     if config.hyper_units > config.units:
         raise ValueError(f"--hyper-units is {config.hyper_units}, expected at most the --units, {config.units}")
     if config.json is not None:
@@ -226,9 +216,11 @@ def main(argv: list[str] | None = None) -> int:
     config = training.parse(Config, (), argv, description=__doc__, prog="bench_recurrent.py")
     with training.bad_input(__file__):
         check(config)
+    config = sized(config)
     print(
         f"{config.units} units, hyper {config.hyper_units}, N_z {config.embedding}, batch {config.batch}, "
-        f"{config.steps} steps, forward and backward, medians of {config.repeats}; {jax.devices()[0].device_kind}"
+        f"{config.steps} steps, forward and backward; training {config.calls} steps a call; medians of "
+        f"{2 * config.repeats}; {jax.devices()[0].device_kind}"
     )
     figures = measure(config)
     report(config, figures)

@@ -66,4 +66,4 @@ def test_it_learns_through_every_parameter(name):
 def test_it_has_no_scales_to_read():
     cell, params, _ = made(FullHyperRNN, 0, jnp.float32)
     with pytest.raises(ValueError, match="whole matrices"):
-        cell.bind({"params": params["cell"]}).generate({}, jnp.zeros((1, 3)), ("",))
+        cell.bind({"params": params["cell"]}).generate({}, jnp.zeros((1, 3)))

@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 from test_cells import CASES, T, cases, setup
 
-from hyperjax.recurrent import FastRNN, HyperLSTM, Weights, deferred_scan
+from hyperjax.recurrent import FastRNN, HyperLSTM, Weights, deferred_scan, platform
 from hyperjax.recurrent.scan import product
 
 
@@ -66,6 +66,15 @@ def test_gradients_are_the_plain_scans(name, dtype, tolerance):
             np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * float(np.max(np.abs(b))))
 
 
+@cases
+def test_gradients_in_the_accelerators_form(name, monkeypatch):
+    """What XLA compiles for GPUs and TPUs, run here: the same values and gradients to the last digits of doubles."""
+    monkeypatch.setattr(platform, "choose", lambda *arguments, cpu, accelerator: accelerator(*arguments))
+    got, want = loss_and_gradients(fast_scan, name, np.float64), plain_in_double(name)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * float(np.max(np.abs(b))))
+
+
 @functools.cache
 def outcome_in_chunks_of(chunk):
     """The loss, the new state, the outputs, and the gradients of one layer; a chunk of None is no rematerialisation."""
@@ -99,19 +108,32 @@ def test_rematerialisation_needs_at_most_a_third_of_the_memory():
     assert remat < plain / 3
 
 
-def test_no_big_weight_gradient_is_formed_inside_the_loop():
-    """In the whole gradient, a product that yields a [units, units] array stands outside every loop body."""
-    units, text = 37, gradient_of(FastRNN(HyperLSTM(37, hyper_units=8)), jnp.zeros((5, 7, 3))).as_text()
-    shaped = re.compile(rf"dot_general.*-> tensor<{units}x{units}xf32>")
-    inside, outside, loops = 0, 0, []
-    for line in text.splitlines():
-        if "stablehlo.while" in line:
-            loops.append(len(line) - len(line.lstrip()))
-        while loops and line.startswith(" " * loops[-1] + "}") and " do {" not in line:
-            loops.pop()
-        if shaped.search(line):
-            inside, outside = (inside + 1, outside) if loops else (inside, outside + 1)
-    assert (inside, outside) == (0, 4)
+def products_in_a_step(cell, target):
+    """What a time step multiplies, forward and then backward, as lowered for a platform; and all products' shapes."""
+    layer, x = FastRNN(cell), jnp.zeros((5, 7, 3))
+    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+    gradient = jax.jit(jax.grad(lambda v, x: jnp.sum(layer.apply(v, x)[1] ** 2)))
+    text = gradient.trace(variables, x).lower(lowering_platforms=(target,)).as_text()
+    functions = re.split(r"\n  func\.func ", text)
+    shapes = [re.findall(r"dot_general.*-> tensor<(\S+)xf32>", function) for function in functions]
+    loops = [s for s, function in zip(shapes, functions, strict=True) if function.startswith("private @closed_call")]
+    return loops, [shape for found in shapes for shape in found]
+
+
+@pytest.mark.parametrize(("target", "counts"), [("cpu", [15, 43]), ("cuda", [4, 7]), ("tpu", [4, 7])])
+def test_products_in_a_time_step(target, counts):
+    """Forward: with h, with h_hat for gates and for z, and of all z. On an accelerator hardly more on the way back."""
+    loops, _ = products_in_a_step(HyperLSTM(37, hyper_units=8, layer_norm=True), target)
+    assert [len(shapes) for shapes in loops] == counts
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_no_big_weight_gradient_is_formed_inside_the_loop(target):
+    loops, everywhere = products_in_a_step(HyperLSTM(37, hyper_units=8), target)
+    big = f"37x{4 * (37 + 8)}"
+    assert len(loops) == 2
+    assert everywhere.count(big) == 1
+    assert not any(big in shapes for shapes in loops)
 
 
 def test_takes_any_pointwise_cell():

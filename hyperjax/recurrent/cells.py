@@ -1,19 +1,19 @@
 """Recurrent cells: LSTM and layer-norm LSTM, and what every cell of this package has in common.
 
-Shape letters: B batch, D input features, H units.
+Shape letters: B batch, D input features, H units, G gates.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hyperjax.recurrent.gates import layer_norm, lstm_memory, lstm_output
+from hyperjax.recurrent.gates import add_bias, layer_norm, lstm_memory, lstm_output
 from hyperjax.recurrent.scan import OUTPUT, Weights, product
 
 Array = jax.Array
-GATES = ("i", "g", "f", "o")  # input, candidate, forget, output; stored as separate arrays, never split
+GATES = ("i", "g", "f", "o")  # input, candidate, forget, output; stored as separate arrays, computed side by side
 
 
 def orthogonal(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
@@ -42,6 +42,7 @@ class Cell(nn.RNNCellBase):
     deterministic: bool = False
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    gates: ClassVar[tuple[str, ...]] = GATES
 
     def __post_init__(self):
         if self.units < 1:
@@ -121,6 +122,25 @@ class Cell(nn.RNNCellBase):
     def num_feature_axes(self) -> int:
         return 1
 
+    def side_by_side(self, prefix: str, init: Any, shape: tuple[int, int]) -> Array:
+        """One matrix a gate, each a parameter of its own, for one product: [rows, G columns]."""
+        return jnp.concatenate([self.param(prefix + y, init, shape, self.param_dtype) for y in self.gates], -1)
+
+    def stacked(self, prefix: str, init: Any, units: int) -> Array:
+        """One vector a gate, each a parameter of its own: [G, units]."""
+        return jnp.stack([self.param(prefix + y, init, (units,), self.param_dtype) for y in self.gates])
+
+    def by_gate(self, y: Array) -> Array:
+        """[..., G N] as [..., G, N]."""
+        return y.reshape(*y.shape[:-1], len(self.gates), y.shape[-1] // len(self.gates))
+
+    def norm_weights(self, prefix: str, units: int) -> dict[str, Array]:
+        """Gain and shift of the layer norms of an LSTM's gates [G, units] and memory [units]."""
+        gains = {"gamma": nn.initializers.ones, "beta": nn.initializers.zeros}
+        small = {name: self.stacked(f"{prefix}{name}_", init, units) for name, init in gains.items()}
+        memory = {n: self.param(f"{prefix}{n}_c", init, (units,), self.param_dtype) for n, init in gains.items()}
+        return small | {f"{name}_c": value for name, value in memory.items()}
+
 
 class LSTM(Cell):
     """LSTM, with layer norm on each gate and on the memory if asked.
@@ -142,36 +162,22 @@ class LSTM(Cell):
 
     @nn.compact
     def weights(self, features: int) -> Weights:
-        p, H = self.param_dtype, self.units
-        inputs = {f"x_{y}": self.param(f"W_x{y}", orthogonal, (features, H), p) for y in GATES}
-        recurrent = {f"h_{y}": self.param(f"W_h{y}", orthogonal, (H, H), p) for y in GATES}
-        small = {f"b_{y}": self.param(f"b_{y}", nn.initializers.zeros, (H,), p) for y in GATES}
-        return Weights(inputs, recurrent, small | (norm_weights(self, "", H) if self.layer_norm else {}))
+        H = self.units
+        inputs = {"x": self.side_by_side("W_x", orthogonal, (features, H))}
+        recurrent = {"h": self.side_by_side("W_h", orthogonal, (H, H))}
+        small = {"b": self.stacked("b_", nn.initializers.zeros, H)}
+        return Weights(inputs, recurrent, small | (self.norm_weights("", H) if self.layer_norm else {}))
 
     def step(self, small, carry, xp, hp, noise):
-        gates = {y: add_bias(xp[f"x_{y}"] + hp[f"h_{y}"], small[f"b_{y}"]) for y in GATES}
-        return lstm_step(self, small, carry[0], gates, self.scaled(noise))
+        y = add_bias(self.by_gate(xp["x"] + hp["h"]), small["b"])
+        return lstm_step(self, small, carry[0], y, self.scaled(noise))
 
 
-def add_bias(y: Array, b: Array) -> Array:
-    """y [..., H] + b [H], without leaning on rank promotion."""
-    return y + jax.lax.broadcast_in_dim(b, y.shape, (y.ndim - 1,))
-
-
-def norm_weights(cell: Cell, prefix: str, units: int) -> dict[str, Array]:
-    p, norms = cell.param_dtype, {}
-    for y in (*GATES, "c"):
-        norms[f"gamma_{y}"] = cell.param(f"{prefix}gamma_{y}", nn.initializers.ones, (units,), p)
-        norms[f"beta_{y}"] = cell.param(f"{prefix}beta_{y}", nn.initializers.zeros, (units,), p)
-    return norms
-
-
-def lstm_step(cell: Any, small: dict, c: Array, gates: dict, mask: Array | None) -> tuple[Array, Array]:
-    """From pre-activations to (c, h), with the layer norms of `small` where the cell has them."""
-
-    def norm(value, y):
-        return layer_norm(value, small[f"gamma_{y}"], small[f"beta_{y}"], cell.epsilon) if cell.layer_norm else value
-
-    gates = {y: norm(v, y) for y, v in gates.items()}
-    c = lstm_memory(c, gates["i"], gates["g"], gates["f"] + cell.forget_bias, mask)
-    return c, lstm_output(gates["o"], norm(c, "c"))
+def lstm_step(cell: Any, small: dict, c: Array, y: Array, mask: Array | None) -> tuple[Array, Array]:
+    """From pre-activations [..., G, H] to (c, h), with the layer norms of `small` where the cell has them."""
+    if cell.layer_norm:
+        y = layer_norm(y, small["gamma"], small["beta"], cell.epsilon)
+    i, g, f, o = (each.squeeze(-2) for each in jnp.split(y, len(GATES), -2))
+    c = lstm_memory(c, i, g, f + cell.forget_bias, mask)
+    seen = layer_norm(c, small["gamma_c"], small["beta_c"], cell.epsilon) if cell.layer_norm else c
+    return c, lstm_output(o, seen)

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hyperjax.recurrent.cells import GATES, Cell
-from hyperjax.recurrent.hyper_cells import HyperCell, HyperRNN
+from hyperjax.recurrent.cells import Cell
+from hyperjax.recurrent.hyper_cells import KINDS, HyperCell, HyperRNN
 from hyperjax.recurrent.language_model import LanguageModel
 
 Array = jax.Array
@@ -66,11 +66,7 @@ def scale_changes(
     """
     ids, carry = _checked(model, ids, carry)
     moved = _changes(model, params, ids, carry)
-    return {layer: {y: each[y] for y in _gates(model.make_cell())} for layer, each in moved.items()}  # jit sorts keys
-
-
-def _gates(cell: Cell) -> tuple[str, ...]:
-    return ("",) if isinstance(cell, HyperRNN) else GATES
+    return {layer: {y: each[y] for y in model.make_cell().gates} for layer, each in moved.items()}  # jit sorts keys
 
 
 def _checked(model: LanguageModel, ids: Any, carry: tuple | None) -> tuple[Array, tuple]:
@@ -116,11 +112,11 @@ def _changes(model: LanguageModel, params: Any, ids: Array, carry: tuple) -> dic
     def distance(layer, name):
         return jnp.linalg.norm(jnp.diff(scales[layer][name], axis=0, prepend=before[layer][name]), axis=-1)
 
-    return {layer: {y: distance(layer, "h" + y) for y in _gates(model.make_cell())} for layer in scales}
+    return {layer: {y: distance(layer, "h" + y) for y in model.make_cell().gates} for layer in scales}
 
 
 def _layer(cell: Cell, params: Any, carry: tuple, x_N1D: Array) -> tuple[dict, dict]:
-    gates, hat = _gates(cell), 0 if isinstance(cell, HyperRNN) else 3  # hat: where the carry has h_hat
+    hat = 0 if isinstance(cell, HyperRNN) else 3  # where the carry has h_hat
     assert isinstance(cell, HyperCell)
     variables = {"params": params}
     generator = cell.apply(variables, x_N1D.shape[-1], method="weights").small["z"]  # type: ignore[union-attr]
@@ -129,5 +125,11 @@ def _layer(cell: Cell, params: Any, carry: tuple, x_N1D: Array) -> tuple[dict, d
         state, _ = cell.apply(variables, state, x_1D)
         return state, state[hat][0]
 
+    def named(h_hat):
+        vectors = cell.generate(generator, h_hat)
+        return {
+            kind + y: d[..., n, :] for kind, d in zip(KINDS, vectors, strict=True) for n, y in enumerate(cell.gates)
+        }
+
     _, h_hat_NS = jax.lax.scan(step, carry, x_N1D)
-    return cell.generate(generator, h_hat_NS, gates), cell.generate(generator, carry[hat], gates)
+    return named(h_hat_NS), named(carry[hat])

@@ -22,24 +22,25 @@ class _Full(HyperCell):
     def columns(self):
         return self.embedding * self.units
 
-    def main_matrix(self, name, rows):
+    def main_matrices(self, prefix, rows):
         # z is 1 at first: the sum of Z independent matrices keeps the scale of an orthogonal one.
         init = per_gate(orthogonal(self.embedding**-0.5), self.embedding)
-        return self.param(name, init, (rows, self.columns), self.param_dtype)
+        return self.side_by_side(prefix, init, (rows, self.columns))
 
-    def generator_weights(self, gates, kinds=("b",)):
-        return super().generator_weights(gates, kinds)
+    def generator_weights(self, kinds=("b",)):
+        return super().generator_weights(kinds)
 
-    def generate(self, small, h_hat, gates):
+    def generate(self, small, h_hat):
         raise ValueError(f"{type(self).__name__} generates whole matrices, not scales; read `embeddings` instead")
 
     def modulated(self, small, h_hat, hp, xp):
-        z = self.embeddings(small, h_hat, tuple(hp))
+        z = self.embeddings(small, h_hat)
+        z_h, z_x, z_b = (each.squeeze(-3) for each in jnp.split(z, 3, -3))
 
-        def mixed(z_BZ, products):
-            return jnp.einsum("...z,...zh->...h", z_BZ, products.reshape(*z_BZ.shape, self.units))
+        def mixed(z_BGZ, products):
+            return jnp.einsum("...z,...zh->...h", z_BGZ, products.reshape(*z_BGZ.shape, self.units))
 
-        return {y: mixed(z["h" + y], hp[y]) + mixed(z["x" + y], xp[y]) + z["b" + y] @ small[f"d_b{y}"] for y in hp}
+        return mixed(z_h, hp) + mixed(z_x, xp) + jnp.einsum("...gz,gzh->...gh", z_b, small["d"][0])
 
 
 class FullHyperRNN(_Full, HyperRNN):

@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hyperjax.recurrent import platform
+
 Array = jax.Array
 
 
 @jax.custom_vjp
 def _normalise(x_BH: Array, scale_H: Array, bias_H: Array, epsilon: float) -> Array:
-    return _normalise_forward(x_BH, scale_H, bias_H, epsilon)[0]
+    mean_B1, rstd_B1 = _statistics(x_BH, epsilon)
+    return (x_BH - mean_B1) * rstd_B1 * broadcast(scale_H, x_BH) + broadcast(bias_H, x_BH)
 
 
 def _statistics(x_BH: Array, epsilon: float) -> tuple[Array, Array]:
@@ -23,22 +26,35 @@ def _statistics(x_BH: Array, epsilon: float) -> tuple[Array, Array]:
     return mean_B1, lax.rsqrt(variance_B1 + epsilon)
 
 
-def _broadcast(v_H: Array, like: Array) -> Array:
-    return lax.broadcast_in_dim(v_H, like.shape, (like.ndim - 1,))
+def add_bias(y: Array, b: Array) -> Array:
+    """y [..., H] + b [H], or [..., G, H] + [G, H], without leaning on rank promotion."""
+    return y + broadcast(b, y)
+
+
+def broadcast(v: Array, like: Array) -> Array:
+    """v along the last axes of `like`."""
+    return lax.broadcast_in_dim(v, like.shape, tuple(range(like.ndim - v.ndim, like.ndim)))
+
+
+def _evaluated_once(*values: Array) -> tuple[Array, ...]:
+    """Keeps a CPU from computing each value again for each of its readers, as an accelerator gladly does."""
+    return platform.choose(*values, cpu=lambda *v: lax.optimization_barrier(v), accelerator=lambda *v: v)
 
 
 def _normalise_forward(x_BH, scale_H, bias_H, epsilon):
     mean_B1, rstd_B1 = _statistics(x_BH, epsilon)
-    y_BH = (x_BH - mean_B1) * rstd_B1 * _broadcast(scale_H, x_BH) + _broadcast(bias_H, x_BH)
+    y_BH = (x_BH - mean_B1) * rstd_B1 * broadcast(scale_H, x_BH) + broadcast(bias_H, x_BH)
+    # In a backward pass the gates' derivatives read y one by one; XLA for GPUs would normalise once for each.
+    y_BH = platform.choose(y_BH, cpu=lambda y: y, accelerator=lax.optimization_barrier)
     return y_BH, (x_BH, mean_B1, rstd_B1, scale_H)
 
 
 def _normalise_backward(residuals, dy_BH):
     x_BH, mean_B1, rstd_B1, scale_H = residuals
     n_BH = (x_BH - mean_B1) * rstd_B1
-    batch = tuple(range(x_BH.ndim - 1))
+    batch = tuple(range(x_BH.ndim - scale_H.ndim))
     dscale_H, dbias_H = jnp.sum(dy_BH * n_BH, batch), jnp.sum(dy_BH, batch)
-    dn_BH = dy_BH * _broadcast(scale_H, x_BH)
+    dn_BH = dy_BH * broadcast(scale_H, x_BH)
     mean_dn = jnp.mean(dn_BH, -1, keepdims=True)
     mean_dn_n = jnp.mean(dn_BH * n_BH, -1, keepdims=True)
     return rstd_B1 * (dn_BH - mean_dn - n_BH * mean_dn_n), dscale_H, dbias_H, None
@@ -52,8 +68,8 @@ def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float = 1e-3) -> Ar
 
     Args:
       x: [..., H] values.
-      scale: [H] gain (gamma).
-      bias: [H] shift (beta).
+      scale: [H] gain (gamma), or [G, H] for x of [..., G, H].
+      bias: shift (beta), like `scale`.
       epsilon: added to the variance.
 
     Returns:
@@ -92,7 +108,7 @@ def _memory_forward(c_BH, i_BH, g_BH, f_BH, mask_BH):
 
 def _memory_backward(residuals, dnew_BH):
     c_BH, i_BH, g_BH, f_BH, mask_BH = residuals
-    i_BH, g_BH, f_BH = lax.optimization_barrier((jax.nn.sigmoid(i_BH), jnp.tanh(g_BH), jax.nn.sigmoid(f_BH)))
+    i_BH, g_BH, f_BH = _evaluated_once(jax.nn.sigmoid(i_BH), jnp.tanh(g_BH), jax.nn.sigmoid(f_BH))
     mask = 1.0 if mask_BH is None else mask_BH
     di_BH = dnew_BH * g_BH * mask * i_BH * (1 - i_BH)
     dg_BH = dnew_BH * i_BH * mask * (1 - g_BH * g_BH)
@@ -122,7 +138,7 @@ def _output_forward(o_BH, c_BH):
 
 
 def _output_backward(residuals, dh_BH):
-    o_BH, t_BH = lax.optimization_barrier((jax.nn.sigmoid(residuals[0]), jnp.tanh(residuals[1])))
+    o_BH, t_BH = _evaluated_once(jax.nn.sigmoid(residuals[0]), jnp.tanh(residuals[1]))
     return dh_BH * t_BH * o_BH * (1 - o_BH), dh_BH * o_BH * (1 - t_BH * t_BH)
 
 

@@ -8,9 +8,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.nn.initializers import constant, normal, ones, zeros
 
-from hyperjax.recurrent.cells import GATES, Cell, add_bias, lstm_step, norm_weights, orthogonal
+from hyperjax.recurrent import platform
+from hyperjax.recurrent.cells import Cell, lstm_step, orthogonal
+from hyperjax.recurrent.gates import add_bias
 from hyperjax.recurrent.scan import Weights, product
 
 Array = jax.Array
@@ -49,48 +52,61 @@ class HyperCell(Cell):
         """The width of one gate's product with h or x, before the embedding acts on it."""
         return self.units
 
-    def main_matrix(self, name: str, rows: int) -> Array:
-        """One gate's W_h or W_x."""
-        return self.param(name, orthogonal, (rows, self.columns), self.param_dtype)
+    def main_and_hyper(self, hp: Array) -> tuple[Array, Array]:
+        """The product with h, taken apart: the main cell's and the hyper cell's columns."""
+        main, hyper = jnp.split(hp, [len(self.gates) * self.columns], -1)
+        return main, hyper
 
-    def embedding_weights(self, gates: tuple[str, ...]) -> dict[str, Array]:
+    def main_matrices(self, prefix: str, rows: int) -> Array:
+        """Every gate's W_h or W_x, side by side: [rows, G columns]."""
+        return self.side_by_side(prefix, orthogonal, (rows, self.columns))
+
+    def embedding_weights(self) -> dict[str, Array]:
         """Parameters of h_hat -> z: at first every z_h and z_x is 1 and every z_b near 0."""
-        p, S, columns = self.param_dtype, self.hyper_units, len(gates) * self.embedding
-        return {
-            "W_h": self.param("W_z_h", zeros, (S, columns), p),
-            "b_h": self.param("b_z_h", ones, (columns,), p),
-            "W_x": self.param("W_z_x", zeros, (S, columns), p),
-            "b_x": self.param("b_z_x", ones, (columns,), p),
-            "W_b": self.param("W_z_b", normal(0.01), (S, columns), p),
-        }
+        p, S, columns = self.param_dtype, self.hyper_units, len(self.gates) * self.embedding
+        W_h, b_h = self.param("W_z_h", zeros, (S, columns), p), self.param("b_z_h", ones, (columns,), p)
+        W_x, b_x = self.param("W_z_x", zeros, (S, columns), p), self.param("b_z_x", ones, (columns,), p)
+        W_b = self.param("W_z_b", normal(0.01), (S, columns), p)
+        return {"W": jnp.concatenate([W_h, W_x, W_b], -1), "b": jnp.concatenate([b_h, b_x, jnp.zeros_like(b_h)])}
 
-    def generator_weights(self, gates: tuple[str, ...], kinds: tuple[str, ...] = KINDS) -> dict[str, Array]:
+    def generator_weights(self, kinds: tuple[str, ...] = KINDS) -> dict[str, Array]:
         """Parameters of h_hat -> z -> d: at first every d_h and d_x is 0.1 and every d_b is 0."""
-        Z, small = self.embedding, self.embedding_weights(gates)
+        shape, small, d = (self.embedding, self.units), self.embedding_weights(), []
         for kind in kinds:
-            init = zeros if kind == "b" else constant(0.1 / Z)
-            for y in gates:
-                small[f"d_{kind}{y}"] = self.param(f"W_d_{kind}{y}", init, (Z, self.units), self.param_dtype)
-        return small
+            init = zeros if kind == "b" else constant(0.1 / self.embedding)
+            d.append([self.param(f"W_d_{kind}{y}", init, shape, self.param_dtype) for y in self.gates])
+        return small | {"d": jnp.stack([jnp.stack(of_kind) for of_kind in d])}
 
-    def embeddings(self, small: dict[str, Array], h_hat: Array, gates: tuple[str, ...]) -> dict[str, Array]:
-        """The embeddings z = W h_hat + b as {"hi": [B, Z], ...}, kind then gate; in the parameters' own precision."""
-        W = jnp.concatenate([small[f"W_{kind}"] for kind in KINDS], -1)
-        b = jnp.concatenate([small["b_h"], small["b_x"], jnp.zeros_like(small["b_h"])])
-        z = iter(jnp.split(add_bias(product(h_hat, W), b), len(KINDS) * len(gates), -1))
-        return {kind + y: next(z) for kind in KINDS for y in gates}
+    def embeddings(self, small: dict[str, Array], h_hat: Array) -> Array:
+        """The embeddings z = W h_hat + b, kind by gate: [..., 3, G, Z], in the parameters' own precision."""
+        z = add_bias(product(h_hat, small["W"]), small["b"])
+        return z.reshape(*z.shape[:-1], len(KINDS), len(self.gates), self.embedding)
 
-    def generate(self, small: dict[str, Array], h_hat: Array, gates: tuple[str, ...]) -> dict[str, Array]:
-        """The generated vectors d = W_z z as {"hi": [B, H], ...}, kind then gate (equation 12)."""
-        z = self.embeddings(small, h_hat, gates)
-        return {name: product(z_y, small[f"d_{name}"]) for name, z_y in z.items()}
+    def generate(self, small: dict[str, Array], h_hat: Array) -> tuple[Array, ...]:
+        """The generated vectors d_h, d_x, d_b = W_z z, each [..., G, H] (equation 12)."""
+        return scales(self.embeddings(small, h_hat), small["d"])
 
-    def modulated(
-        self, small: dict[str, Array], h_hat: Array, hp: dict[str, Array], xp: dict[str, Array]
-    ) -> dict[str, Array]:
-        """Each gate's d_h (W_h h) + d_x (W_x x) + d_b, from its products with h and x."""
-        d = self.generate(small, h_hat, tuple(hp))
-        return {y: d["h" + y] * hp[y] + d["x" + y] * xp[y] + d["b" + y] for y in hp}
+    def modulated(self, small: dict[str, Array], h_hat: Array, hp: Array, xp: Array) -> Array:
+        """Each gate's d_h (W_h h) + d_x (W_x x) + d_b, from its products with h and x: [..., G, H]."""
+        d_h, d_x, d_b = self.generate(small, h_hat)
+        return d_h * self.by_gate(hp) + d_x * self.by_gate(xp) + d_b
+
+
+def _scales_apart(z: Array, d: Array) -> tuple[Array, ...]:
+    def of_kind(k):
+        return jnp.stack([product(z[..., k, y, :], d[k, y]) for y in range(d.shape[1])], -2)
+
+    return tuple(of_kind(k) for k in range(d.shape[0]))
+
+
+def _scales_at_once(z: Array, d: Array) -> tuple[Array, ...]:
+    z, d_KZH = z.reshape(*z.shape[:-3], -1, z.shape[-1]), d.reshape(-1, *d.shape[2:])
+    together = lax.dot_general(z, d_KZH, (((z.ndim - 1,), (1,)), ((z.ndim - 2,), (0,))))
+    return tuple(jnp.split(jnp.moveaxis(together, 0, -2), d.shape[0], -2))
+
+
+# From z [..., K, G, Z] and d [K, G, Z, H]: a tuple of K arrays z d, each [..., G, H].
+scales = platform.in_two_forms(_scales_apart, _scales_at_once)
 
 
 class HyperRNN(HyperCell):
@@ -100,6 +116,8 @@ class HyperRNN(HyperCell):
 
     Reference: Ha, Dai, Le, "HyperNetworks", arXiv 1609.09106, section 3.2, equations 5-8.
     """
+
+    gates = ("",)
 
     def __post_init__(self):
         if self.keep != 1:
@@ -114,26 +132,21 @@ class HyperRNN(HyperCell):
     @nn.compact
     def weights(self, features):
         p, H, S = self.param_dtype, self.units, self.hyper_units
-        inputs = {
-            "x": self.main_matrix("W_x", features),
-            "hyper": self.param("hyper_W_x", orthogonal, (features, S), p),
-        }
-        recurrent = {
-            "h": self.main_matrix("W_h", H),
-            "hyper": self.param("hyper_W_h", orthogonal, (H, S), p),
-        }
+        main, hyper = self.main_matrices("W_x", features), self.param("hyper_W_x", orthogonal, (features, S), p)
+        recurrent = (self.main_matrices("W_h", H), self.param("hyper_W_h", orthogonal, (H, S), p))
         small = {
             "b": self.param("b", zeros, (H,), p),
             "hyper_U": self.param("hyper_U", orthogonal, (S, S), p),
             "hyper_b": self.param("hyper_b", zeros, (S,), p),
-            "z": self.generator_weights(("",)),
+            "z": self.generator_weights(),
         }
-        return Weights(inputs, recurrent, small)
+        return Weights({"main": main, "hyper": hyper}, {"h": jnp.concatenate(recurrent, -1)}, small)
 
     def step(self, small, carry, xp, hp, noise):
-        h_hat = xp["hyper"] + hp["hyper"] + product(carry[0], small["hyper_U"], self.dtype)
+        main, hyper = self.main_and_hyper(hp["h"])
+        h_hat = xp["hyper"] + hyper + product(carry[0], small["hyper_U"], self.dtype)
         h_hat = jnp.tanh(add_bias(h_hat, small["hyper_b"]))
-        y = self.modulated(small["z"], h_hat, {"": hp["h"]}, {"": xp["x"]})[""]
+        y = self.modulated(small["z"], h_hat, main, xp["main"]).squeeze(-2)
         return h_hat, jnp.tanh(add_bias(y, small["b"]))
 
 
@@ -164,34 +177,32 @@ class HyperLSTM(HyperCell):
     @nn.compact
     def weights(self, features):
         p, H, S = self.param_dtype, self.units, self.hyper_units
-        main_inputs = {f"x_{y}": self.main_matrix(f"W_x{y}", features) for y in GATES}
-        recurrent = {f"h_{y}": self.main_matrix(f"W_h{y}", H) for y in GATES}
-        main = {f"b_{y}": self.param(f"b_{y}", zeros, (H,), p) for y in GATES}
-        # The hyper cell is narrow, so its gates stand side by side in one product; [h; x] is multiplied in two parts.
-        side_by_side = per_gate(orthogonal, 4)
+        main_inputs, recurrent = self.main_matrices("W_x", features), self.main_matrices("W_h", H)
+        main = {"b": self.stacked("b_", zeros, H)}
+        side_by_side = per_gate(orthogonal, len(self.gates))  # [h; x] is multiplied in two parts
         inputs = {"hyper": self.param("hyper_W_x", side_by_side, (features, 4 * S), p)}
-        recurrent["hyper"] = self.param("hyper_W_h", side_by_side, (H, 4 * S), p)
+        recurrent = jnp.concatenate([recurrent, self.param("hyper_W_h", side_by_side, (H, 4 * S), p)], -1)
         hyper = {
             "U": self.param("hyper_U", side_by_side, (S, 4 * S), p),
-            "b": self.param("hyper_b", zeros, (4 * S,), p),
+            "b": self.by_gate(self.param("hyper_b", zeros, (4 * S,), p)),
         }
         if self.layer_norm:
-            main |= norm_weights(self, "", H)
-            hyper |= norm_weights(self, "hyper_", S)
-        small = {"main": main, "hyper": hyper, "z": self.generator_weights(GATES)}
+            main |= self.norm_weights("", H)
+            hyper |= self.norm_weights("hyper_", S)
+        small = {"main": main, "hyper": hyper, "z": self.generator_weights()}
         if not self.gate_input:
-            return Weights(inputs | main_inputs, recurrent, small)
+            return Weights(inputs | {"main": main_inputs}, {"h": recurrent}, small)
         small["gate"] = {
             "W_m": self.param("W_z_m", zeros, (S, self.embedding), p),
             "b_m": self.param("b_z_m", ones, (self.embedding,), p),
             "d_m": self.param("W_d_m", zeros, (self.embedding, features), p),
         }
-        return Weights(inputs, recurrent, small, main_inputs)
+        return Weights(inputs, {"h": recurrent}, small, {"main": main_inputs})
 
     def hyper_step(self, hyper, carry, xp, hp):
         """The new (c_hat, h_hat)."""
-        total = add_bias(xp["hyper"] + hp["hyper"] + product(carry[3], hyper["U"], self.dtype), hyper["b"])
-        return lstm_step(self, hyper, carry[2], dict(zip(GATES, jnp.split(total, 4, -1), strict=True)), None)
+        total = xp["hyper"] + self.main_and_hyper(hp["h"])[1] + product(carry[3], hyper["U"], self.dtype)
+        return lstm_step(self, hyper, carry[2], add_bias(self.by_gate(total), hyper["b"]), None)
 
     def gate(self, small, carry, x, xp, hp):
         w, h_hat = small["gate"], self.hyper_step(small["hyper"], carry, xp, hp)[1]
@@ -199,8 +210,6 @@ class HyperLSTM(HyperCell):
         return 2 * jax.nn.sigmoid(product(z, w["d_m"])) * x
 
     def step(self, small, carry, xp, hp, noise):
-        c, main = carry[0], small["main"]
-        c_hat, h_hat = self.hyper_step(small["hyper"], carry, xp, hp)
-        y = self.modulated(small["z"], h_hat, {k: hp[f"h_{k}"] for k in GATES}, {k: xp[f"x_{k}"] for k in GATES})
-        gates = {k: add_bias(y[k], main[f"b_{k}"]) for k in GATES}
-        return (*lstm_step(self, main, c, gates, self.scaled(noise)), c_hat, h_hat)
+        main, (c_hat, h_hat) = small["main"], self.hyper_step(small["hyper"], carry, xp, hp)
+        y = self.modulated(small["z"], h_hat, self.main_and_hyper(hp["h"])[0], xp["main"])
+        return (*lstm_step(self, main, carry[0], add_bias(y, main["b"]), self.scaled(noise)), c_hat, h_hat)

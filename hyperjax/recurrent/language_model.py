@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hyperjax.recurrent.cells import LSTM, Cell, add_bias
+from hyperjax.recurrent.cells import LSTM, Cell
+from hyperjax.recurrent.gates import add_bias
 from hyperjax.recurrent.hyper_cells import HyperLSTM, HyperRNN
 from hyperjax.recurrent.layer import FastRNN
 from hyperjax.recurrent.scan import product

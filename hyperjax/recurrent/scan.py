@@ -8,11 +8,14 @@ given as data (`Weights`) and a pointwise `step`, and the products are done arou
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from hyperjax.recurrent import platform
 
 Array = jax.Array
 OUTPUT = 1  # the position in every carry of h, the state that the recurrent weights multiply and that the cell returns
@@ -109,32 +112,50 @@ def deferred_scan(
         return (last, h_TBH), (weights, x_TBD, noise, xp, saved)
 
     def backward(residuals, cotangents):
+        in_loop, after_it = partial(pull, in_loop=True), partial(pull, in_loop=False)
+        return platform.choose(residuals, cotangents, cpu=in_loop, accelerator=after_it)
+
+    def pull(residuals, cotangents, in_loop):
+        """The gradients; those of the small weights summed in the loop, or found for all steps at once after it."""
         weights, x_TBD, noise, xp, (carries, hp, gated, late) = residuals
         dlast, dh_TBH = cotangents
+        x_late = x_TBD if weights.late else None
 
         def body(state, at_t):
             dcarry, dsmall = state
-            carry, x_t, xp_t, hp_t, late_t, noise_t, dh = at_t
-            dcarry = (*dcarry[:OUTPUT], dcarry[OUTPUT] + dh, *dcarry[OUTPUT + 1 :])
+            (carry, x_t, xp_t, hp_t, late_t, noise_t), dh = at_t
+            dnew = (*dcarry[:OUTPUT], dcarry[OUTPUT] + dh, *dcarry[OUTPUT + 1 :])
             early = (weights.small, carry, xp_t, hp_t)
-            _, pull = jax.vjp(lambda s, c, x, h, late: step(s, c, x | late, h, noise_t), *early, late_t)
-            *dearly, dlate = pull(dcarry)
-            dx = None
+            _, back = jax.vjp(lambda s, c, x, h, late: step(s, c, x | late, h, noise_t), *early, late_t)
+            *dearly, dlate = back(dnew)
+            dx = dgated = None
             if weights.late:
                 dgated = sum(_transposed(dlate[k], w, dtype) for k, w in weights.late.items())
-                _, pull = jax.vjp(lambda s, c, x, h, x_t: gated_input(s, c, x_t, x, h), *early, x_t)
-                *through, dx = pull(dgated)
+                _, back = jax.vjp(lambda s, c, x, h, x_t: gated_input(s, c, x_t, x, h), *early, x_t)
+                *through, dx = back(dgated)
                 dearly = jax.tree.map(jnp.add, dearly, through)
             dsmall_t, dcarry, dxp, dhp = dearly
             dh = dcarry[OUTPUT]
             for k, w in weights.recurrent.items():
                 dh = dh + _transposed(dhp[k], w, dtype)
             dcarry = (*dcarry[:OUTPUT], dh, *dcarry[OUTPUT + 1 :])
-            return (dcarry, jax.tree.map(jnp.add, dsmall, dsmall_t)), (dx, dxp, dhp, dlate)
+            if in_loop:
+                return (dcarry, jax.tree.map(jnp.add, dsmall, dsmall_t)), (dx, dxp, dhp, dlate, None)
+            return (dcarry, None), (dx, dxp, dhp, dlate, (dnew, dgated))
 
-        zeros = jax.tree.map(jnp.zeros_like, weights.small)
-        read = (carries, x_TBD if weights.late else None, xp, hp, late, noise, dh_TBH)
-        (dcarry, dsmall), (dx_TBD, dxp, dhp, dlate) = lax.scan(body, (dlast, zeros), read, reverse=True)
+        read = (carries, x_late, xp, hp, late, noise)
+        zeros = jax.tree.map(jnp.zeros_like, weights.small) if in_loop else None
+        (dcarry, dsmall), (dx_TBD, dxp, dhp, dlate, dstates) = lax.scan(
+            body, (dlast, zeros), (read, dh_TBH), reverse=True
+        )
+        if not in_loop:
+
+            def states(small, carry, x, xp, hp, late, noise):
+                new = step(small, carry, xp | late, hp, noise)
+                return new, gated_input(small, carry, x, xp, hp) if late else None
+
+            _, back = jax.vjp(lambda small: jax.vmap(partial(states, small))(*read), weights.small)
+            (dsmall,) = back(dstates)
         dinputs = {k: _outer(x_TBD, dxp[k], dtype) for k in weights.inputs}
         drecurrent = {k: _outer(carries[OUTPUT], dhp[k], dtype) for k in weights.recurrent}
         dlate = {k: _outer(gated, dlate[k], dtype) for k in weights.late}
