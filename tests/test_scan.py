@@ -120,9 +120,9 @@ def products_in_a_step(cell, target):
     return loops, [shape for found in shapes for shape in found]
 
 
-@pytest.mark.parametrize(("target", "counts"), [("cpu", [15, 43]), ("cuda", [4, 7]), ("tpu", [4, 7])])
+@pytest.mark.parametrize(("target", "counts"), [("cpu", [15, 51]), ("cuda", [4, 8]), ("tpu", [4, 8])])
 def test_products_in_a_time_step(target, counts):
-    """Forward: with h, with h_hat for gates and for z, and of all z. On an accelerator hardly more on the way back."""
+    """Forward: with h, with h_hat for gates and for z, and of all z. XLA merges what the way back names twice."""
     loops, _ = products_in_a_step(HyperLSTM(37, hyper_units=8, layer_norm=True), target)
     assert [len(shapes) for shapes in loops] == counts
 

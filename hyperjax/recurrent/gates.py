@@ -16,6 +16,7 @@ Array = jax.Array
 
 @jax.custom_vjp
 def _normalise(x_BH: Array, scale_H: Array, bias_H: Array, epsilon: float) -> Array:
+    (x_BH,) = _evaluated_once(x_BH)
     mean_B1, rstd_B1 = _statistics(x_BH, epsilon)
     return (x_BH - mean_B1) * rstd_B1 * broadcast(scale_H, x_BH) + broadcast(bias_H, x_BH)
 
@@ -42,6 +43,7 @@ def _evaluated_once(*values: Array) -> tuple[Array, ...]:
 
 
 def _normalise_forward(x_BH, scale_H, bias_H, epsilon):
+    (x_BH,) = _evaluated_once(x_BH)
     mean_B1, rstd_B1 = _statistics(x_BH, epsilon)
     y_BH = (x_BH - mean_B1) * rstd_B1 * broadcast(scale_H, x_BH) + broadcast(bias_H, x_BH)
     # In a backward pass the gates' derivatives read y one by one; XLA for GPUs would normalise once for each.
@@ -57,7 +59,8 @@ def _normalise_backward(residuals, dy_BH):
     dn_BH = dy_BH * broadcast(scale_H, x_BH)
     mean_dn = jnp.mean(dn_BH, -1, keepdims=True)
     mean_dn_n = jnp.mean(dn_BH * n_BH, -1, keepdims=True)
-    return rstd_B1 * (dn_BH - mean_dn - n_BH * mean_dn_n), dscale_H, dbias_H, None
+    (dx_BH,) = _evaluated_once(rstd_B1 * (dn_BH - mean_dn - n_BH * mean_dn_n))
+    return dx_BH, dscale_H, dbias_H, None
 
 
 _normalise.defvjp(_normalise_forward, _normalise_backward)

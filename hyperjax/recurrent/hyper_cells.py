@@ -52,9 +52,9 @@ class HyperCell(Cell):
         """The width of one gate's product with h or x, before the embedding acts on it."""
         return self.units
 
-    def main_and_hyper(self, hp: Array) -> tuple[Array, Array]:
-        """The product with h, taken apart: the main cell's and the hyper cell's columns."""
-        main, hyper = jnp.split(hp, [len(self.gates) * self.columns], -1)
+    def main_and_hyper(self, product: Array) -> tuple[Array, Array]:
+        """The product with x or h, taken apart: the main cell's and the hyper cell's columns."""
+        main, hyper = jnp.split(product, [len(self.gates) * self.columns], -1)
         return main, hyper
 
     def main_matrices(self, prefix: str, rows: int) -> Array:
@@ -84,29 +84,40 @@ class HyperCell(Cell):
 
     def generate(self, small: dict[str, Array], h_hat: Array) -> tuple[Array, ...]:
         """The generated vectors d_h, d_x, d_b = W_z z, each [..., G, H] (equation 12)."""
-        return scales(self.embeddings(small, h_hat), small["d"])
+        return _scales(self.embeddings(small, h_hat), small["d"])
 
     def modulated(self, small: dict[str, Array], h_hat: Array, hp: Array, xp: Array) -> Array:
         """Each gate's d_h (W_h h) + d_x (W_x x) + d_b, from its products with h and x: [..., G, H]."""
-        d_h, d_x, d_b = self.generate(small, h_hat)
-        return d_h * self.by_gate(hp) + d_x * self.by_gate(xp) + d_b
+        return modulate(self.embeddings(small, h_hat), small["d"], self.by_gate(hp), self.by_gate(xp))
 
 
-def _scales_apart(z: Array, d: Array) -> tuple[Array, ...]:
-    def of_kind(k):
-        return jnp.stack([product(z[..., k, y, :], d[k, y]) for y in range(d.shape[1])], -2)
-
-    return tuple(of_kind(k) for k in range(d.shape[0]))
-
-
-def _scales_at_once(z: Array, d: Array) -> tuple[Array, ...]:
-    z, d_KZH = z.reshape(*z.shape[:-3], -1, z.shape[-1]), d.reshape(-1, *d.shape[2:])
-    together = lax.dot_general(z, d_KZH, (((z.ndim - 1,), (1,)), ((z.ndim - 2,), (0,))))
-    return tuple(jnp.split(jnp.moveaxis(together, 0, -2), d.shape[0], -2))
+def _scales(z: Array, d: Array) -> tuple[Array, ...]:
+    """From z [..., K, G, Z] and d [K, G, Z, H]: K arrays z d, each [..., G, H]."""
+    K, G, Z, H = d.shape
+    z = z.reshape(*z.shape[:-3], K * G, Z)
+    together = lax.dot_general(z, d.reshape(K * G, Z, H), (((z.ndim - 1,), (1,)), ((z.ndim - 2,), (0,))))
+    return tuple(jnp.split(jnp.moveaxis(together, 0, -2), K, -2))
 
 
-# From z [..., K, G, Z] and d [K, G, Z, H]: a tuple of K arrays z d, each [..., G, H].
-scales = platform.in_two_forms(_scales_apart, _scales_at_once)
+def _modulate_at_once(z: Array, d: Array, hp: Array, xp: Array) -> Array:
+    d_h, d_x, d_b = _scales(z, d)
+    return d_h * hp + d_x * xp + d_b
+
+
+def _modulate_by_gate(z: Array, d: Array, hp: Array, xp: Array) -> Array:
+    K, G, Z, H = d.shape
+    zs, ds = _parts(z.reshape(*z.shape[:-3], K * G, Z), -2), _parts(d.reshape(K * G, Z, H), 0)
+    scales = [product(each, w) for each, w in zip(zs, ds, strict=True)]
+    gates = zip(scales[:G], scales[G : 2 * G], scales[2 * G :], _parts(hp, -2), _parts(xp, -2), strict=True)
+    return jnp.stack([d_h * h + d_x * x + d_b for d_h, d_x, d_b, h, x in gates], -2)
+
+
+def _parts(a: Array, axis: int) -> list[Array]:
+    return [part.squeeze(axis) for part in jnp.split(a, a.shape[axis], axis)]
+
+
+# Of z [..., 3, G, Z], d [3, G, Z, H], products with h and with x [..., G, H]: y [..., G, H].
+modulate = platform.in_two_forms(_modulate_by_gate, _modulate_at_once)
 
 
 class HyperRNN(HyperCell):
@@ -132,7 +143,7 @@ class HyperRNN(HyperCell):
     @nn.compact
     def weights(self, features):
         p, H, S = self.param_dtype, self.units, self.hyper_units
-        main, hyper = self.main_matrices("W_x", features), self.param("hyper_W_x", orthogonal, (features, S), p)
+        inputs = (self.main_matrices("W_x", features), self.param("hyper_W_x", orthogonal, (features, S), p))
         recurrent = (self.main_matrices("W_h", H), self.param("hyper_W_h", orthogonal, (H, S), p))
         small = {
             "b": self.param("b", zeros, (H,), p),
@@ -140,13 +151,13 @@ class HyperRNN(HyperCell):
             "hyper_b": self.param("hyper_b", zeros, (S,), p),
             "z": self.generator_weights(),
         }
-        return Weights({"main": main, "hyper": hyper}, {"h": jnp.concatenate(recurrent, -1)}, small)
+        return Weights({"x": jnp.concatenate(inputs, -1)}, {"h": jnp.concatenate(recurrent, -1)}, small)
 
     def step(self, small, carry, xp, hp, noise):
-        main, hyper = self.main_and_hyper(hp["h"])
-        h_hat = xp["hyper"] + hyper + product(carry[0], small["hyper_U"], self.dtype)
+        (main_x, hyper_x), (main_h, hyper_h) = self.main_and_hyper(xp["x"]), self.main_and_hyper(hp["h"])
+        h_hat = hyper_x + hyper_h + product(carry[0], small["hyper_U"], self.dtype)
         h_hat = jnp.tanh(add_bias(h_hat, small["hyper_b"]))
-        y = self.modulated(small["z"], h_hat, main, xp["main"]).squeeze(-2)
+        y = self.modulated(small["z"], h_hat, main_h, main_x).squeeze(-2)
         return h_hat, jnp.tanh(add_bias(y, small["b"]))
 
 
@@ -180,7 +191,7 @@ class HyperLSTM(HyperCell):
         main_inputs, recurrent = self.main_matrices("W_x", features), self.main_matrices("W_h", H)
         main = {"b": self.stacked("b_", zeros, H)}
         side_by_side = per_gate(orthogonal, len(self.gates))  # [h; x] is multiplied in two parts
-        inputs = {"hyper": self.param("hyper_W_x", side_by_side, (features, 4 * S), p)}
+        hyper_inputs = self.param("hyper_W_x", side_by_side, (features, 4 * S), p)
         recurrent = jnp.concatenate([recurrent, self.param("hyper_W_h", side_by_side, (H, 4 * S), p)], -1)
         hyper = {
             "U": self.param("hyper_U", side_by_side, (S, 4 * S), p),
@@ -191,25 +202,28 @@ class HyperLSTM(HyperCell):
             hyper |= self.norm_weights("hyper_", S)
         small = {"main": main, "hyper": hyper, "z": self.generator_weights()}
         if not self.gate_input:
-            return Weights(inputs | {"main": main_inputs}, {"h": recurrent}, small)
+            return Weights({"x": jnp.concatenate([main_inputs, hyper_inputs], -1)}, {"h": recurrent}, small)
         small["gate"] = {
             "W_m": self.param("W_z_m", zeros, (S, self.embedding), p),
             "b_m": self.param("b_z_m", ones, (self.embedding,), p),
             "d_m": self.param("W_d_m", zeros, (self.embedding, features), p),
         }
-        return Weights(inputs, {"h": recurrent}, small, {"main": main_inputs})
+        return Weights({"hyper": hyper_inputs}, {"h": recurrent}, small, {"main": main_inputs})
 
-    def hyper_step(self, hyper, carry, xp, hp):
-        """The new (c_hat, h_hat)."""
-        total = xp["hyper"] + self.main_and_hyper(hp["h"])[1] + product(carry[3], hyper["U"], self.dtype)
-        return lstm_step(self, hyper, carry[2], add_bias(self.by_gate(total), hyper["b"]), None)
+    def hyper_step(self, small, carry, x, h):
+        """The new (c_hat, h_hat), from the hyper cell's columns of the products with x and h."""
+        total = x + h + product(carry[3], small["U"], self.dtype)
+        return lstm_step(self, small, carry[2], add_bias(self.by_gate(total), small["b"]), None)
 
     def gate(self, small, carry, x, xp, hp):
-        w, h_hat = small["gate"], self.hyper_step(small["hyper"], carry, xp, hp)[1]
+        w, (_, hyper_h) = small["gate"], self.main_and_hyper(hp["h"])
+        _, h_hat = self.hyper_step(small["hyper"], carry, xp["hyper"], hyper_h)
         z = add_bias(product(h_hat, w["W_m"]), w["b_m"])
         return 2 * jax.nn.sigmoid(product(z, w["d_m"])) * x
 
     def step(self, small, carry, xp, hp, noise):
-        main, (c_hat, h_hat) = small["main"], self.hyper_step(small["hyper"], carry, xp, hp)
-        y = self.modulated(small["z"], h_hat, self.main_and_hyper(hp["h"])[0], xp["main"])
-        return (*lstm_step(self, main, carry[0], add_bias(y, main["b"]), self.scaled(noise)), c_hat, h_hat)
+        main_x, hyper_x = (xp["main"], xp["hyper"]) if self.gate_input else self.main_and_hyper(xp["x"])
+        main_h, hyper_h = self.main_and_hyper(hp["h"])
+        c_hat, h_hat = self.hyper_step(small["hyper"], carry, hyper_x, hyper_h)
+        y = add_bias(self.modulated(small["z"], h_hat, main_h, main_x), small["main"]["b"])
+        return (*lstm_step(self, small["main"], carry[0], y, self.scaled(noise)), c_hat, h_hat)

@@ -121,9 +121,12 @@ def deferred_scan(
         dlast, dh_TBH = cotangents
         x_late = x_TBD if weights.late else None
 
+        def at(products, t):
+            return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, t, keepdims=False), products)
+
         def body(state, at_t):
-            dcarry, dsmall = state
-            (carry, x_t, xp_t, hp_t, late_t, noise_t), dh = at_t
+            dcarry, dsmall, products, (xp_t, hp_t) = state
+            t, (carry, x_t, late_t, noise_t), dh = at_t
             dnew = (*dcarry[:OUTPUT], dcarry[OUTPUT] + dh, *dcarry[OUTPUT + 1 :])
             early = (weights.small, carry, xp_t, hp_t)
             _, back = jax.vjp(lambda s, c, x, h, late: step(s, c, x | late, h, noise_t), *early, late_t)
@@ -139,22 +142,25 @@ def deferred_scan(
             for k, w in weights.recurrent.items():
                 dh = dh + _transposed(dhp[k], w, dtype)
             dcarry = (*dcarry[:OUTPUT], dh, *dcarry[OUTPUT + 1 :])
-            if in_loop:
-                return (dcarry, jax.tree.map(jnp.add, dsmall, dsmall_t)), (dx, dxp, dhp, dlate, None)
-            return (dcarry, None), (dx, dxp, dhp, dlate, (dnew, dgated))
+            # A gradient takes the place of its product: half the memory. XLA does so without a copy only where the
+            # product of a step was read before, so the state holds it.
+            products = jax.tree.map(lambda a, d: lax.dynamic_update_index_in_dim(a, d, t, 0), products, (dxp, dhp))
+            dsmall = jax.tree.map(jnp.add, dsmall, dsmall_t) if in_loop else None
+            return (dcarry, dsmall, products, at(products, t - 1)), (dx, dlate, None if in_loop else (dnew, dgated))
 
-        read = (carries, x_late, xp, hp, late, noise)
         zeros = jax.tree.map(jnp.zeros_like, weights.small) if in_loop else None
-        (dcarry, dsmall), (dx_TBD, dxp, dhp, dlate, dstates) = lax.scan(
-            body, (dlast, zeros), (read, dh_TBH), reverse=True
-        )
+        times, products = jnp.arange(x_TBD.shape[0]), (xp, hp)
+        read = (times, (carries, x_late, late, noise), dh_TBH)
+        state, (dx_TBD, dlate, dstates) = lax.scan(body, (dlast, zeros, products, at(products, -1)), read, reverse=True)
+        dcarry, dsmall, (dxp, dhp), _ = state
         if not in_loop:
 
             def states(small, carry, x, xp, hp, late, noise):
                 new = step(small, carry, xp | late, hp, noise)
                 return new, gated_input(small, carry, x, xp, hp) if late else None
 
-            _, back = jax.vjp(lambda small: jax.vmap(partial(states, small))(*read), weights.small)
+            at_all = (carries, x_late, xp, hp, late, noise)
+            _, back = jax.vjp(lambda small: jax.vmap(partial(states, small))(*at_all), weights.small)
             (dsmall,) = back(dstates)
         dinputs = {k: _outer(x_TBD, dxp[k], dtype) for k in weights.inputs}
         drecurrent = {k: _outer(carries[OUTPUT], dhp[k], dtype) for k in weights.recurrent}
