@@ -6,6 +6,7 @@
     python experiments/char_lm.py --preset reduced --model lstm      # its rows at a quarter of their width, on a CPU
     python experiments/char_lm.py --preset wikipedia --corpus text8 --data-dir DIR  # or enwik8, as in Table 4
     python experiments/char_lm.py --preset levers --model tied       # beyond the paper, one thing at a time, on a CPU
+    python experiments/char_lm.py --preset beyond                    # or all at once, for an accelerator
 
 Give every model a --workdir of its own. The same command again resumes a run, or prints the summary of a finished one.
 """
@@ -47,7 +48,13 @@ SHARED += ("variational", "weight_keep", "remat_chunk")
 def make_model(config: Config, vocabulary: int) -> LanguageModel:
     """The language model of a configuration."""
     rows = {"paper": PAPER_MODELS, "reduced": PAPER_MODELS, "wikipedia": WIKIPEDIA}.get(config.preset, {})
-    cell = rows[config.model]["cell"] if rows else "ln_hyper_lstm" if config.preset == "levers" else config.model
+    cell = (
+        rows[config.model]["cell"]
+        if rows
+        else "ln_hyper_lstm"
+        if config.preset in ("levers", "beyond")
+        else config.model
+    )
     dtype = None if config.dtype == "float32" else config.dtype
     return LanguageModel(cell, vocabulary, **{name: getattr(config, name) for name in SHARED}, dtype=dtype)
 

@@ -34,7 +34,7 @@ PUBLISHED = {
     "ln_hyper_lstm_2x": (1.219, 1.245),
 }
 EPOCH = 5_017_482  # characters of the training split
-PRESETS = ("reduced", "paper", "levers")
+PRESETS = ("reduced", "paper", "levers", "beyond")
 RESULTS = Path(__file__).parent / "results" / "ptb.json"
 RUN = ("seed", "device", "jax_version", "git_commit", "steps", "best_step", "seconds", "chars_per_second")
 TAKEN = (*RUN, "params", "valid_bpc", "test_bpc")  # of a run's summary
@@ -46,7 +46,7 @@ class Config:
 
     workdirs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR")] = ()  # finished runs
     results: Path = RESULTS  # the file to add them to
-    preset: str = "reduced"  # the runs to print: reduced, paper or levers
+    preset: str = "reduced"  # the runs to print: reduced, paper, levers or beyond
 
 
 def read_run(workdir: Path) -> dict[str, Any] | None:
@@ -103,7 +103,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         groups.setdefault(command({**run["config"], "seed": 0}), []).append(run)
-    published = any(run["config"]["model"] in PUBLISHED for run in runs)
+    published = any(run["config"]["preset"] in ("reduced", "paper") for run in runs)
     paper = " in the paper: valid | test |" if published else ""
     moving = " test bpc, dynamic evaluation |" if any("dynamic_evaluation" in run for run in runs) else ""
     lines = [f"| command | parameters | seeds | valid bpc | test bpc |{moving}{paper} minutes an epoch | hardware |"]

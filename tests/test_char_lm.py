@@ -173,6 +173,14 @@ def test_every_lever_changes_one_thing():
     assert len(LEVERS) == len({str(options) for options in LEVERS.values()}) == 14
 
 
+def test_the_recipe_beyond_the_paper_has_no_more_parameters_than_its_largest_row():
+    config = char_lm.defaults("beyond")
+    char_lm.check(config)
+    assert 14_300_000 < parameters(config, 50) <= 14_407_714
+    with pytest.raises(ValueError, match="expected one of --preset beyond of ln_hyper_lstm"):
+        char_lm.defaults("beyond", "lstm")
+
+
 def test_everything_beyond_the_paper_at_once_resumes_to_the_same_run(corpus_file, tmp_path, capsys):
     options = ["--preset=levers", "--model=highway", f"--corpus={corpus_file}", "--units=8", "--hyper-units=4"]
     options += ["--input-units=6", "--tied", "--gate-input", "--keep=0.9", "--variational", "--weight-keep=0.9"]
@@ -243,7 +251,10 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "line"),
         [
-            (["--preset=huge"], "preset is 'huge', expected one of quick, cpu, reduced, paper, wikipedia, levers"),
+            (
+                ["--preset=huge"],
+                "preset is 'huge', expected one of quick, cpu, reduced, paper, wikipedia, levers, beyond",
+            ),
             (["--model=gru"], "model is 'gru', expected one of --preset quick of lstm, ln_lstm, hyper_rnn"),
             (["--preset=paper", "--model=hyper_rnn"], "lstm_2x1000"),
             (["--unitz=3"], "--unitz is not a field of this experiment; did you mean --units?"),
