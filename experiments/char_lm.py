@@ -6,7 +6,7 @@
     python experiments/char_lm.py --preset reduced --model lstm      # its rows at a quarter of their width, on a CPU
     python experiments/char_lm.py --preset wikipedia --corpus text8 --data-dir DIR  # or enwik8, as in Table 4
     python experiments/char_lm.py --preset levers --model tied       # beyond the paper, one thing at a time, on a CPU
-    python experiments/char_lm.py --preset beyond                    # or all at once, for an accelerator
+    python experiments/char_lm.py --preset beyond                    # or several at once, for an accelerator
 
 Give every model a --workdir of its own. The same command again resumes a run, or prints the summary of a finished one.
 """

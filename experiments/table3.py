@@ -2,7 +2,7 @@
 
     python experiments/table3.py runs/reduced-*                 # adds them to experiments/results/ptb.json
     python experiments/table3.py --preset paper                 # prints what the file holds of the paper's size
-    python experiments/table3.py --preset levers                # or of what goes beyond it
+    python experiments/table3.py --preset levers                # or of what goes beyond it; so does beyond
 
 A run is known by its configuration: collected twice, it stands there once.
 """

@@ -2,7 +2,7 @@
 
 Shape letters: B batch, H units. Everything here acts on one time step and holds no parameters of its own.
 Autodiff of these chains keeps every intermediate and recomputes tanh and exp once per consumer; the rules
-below keep the inputs only and evaluate each transcendental function once per pass.
+below keep the inputs only and, on CPUs, evaluate each transcendental function once per pass.
 """
 
 import jax

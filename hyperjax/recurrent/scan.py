@@ -27,7 +27,7 @@ class Weights(NamedTuple):
     Attributes:
       inputs: name -> [D, N], multiplied by the input.
       recurrent: name -> [H, N], multiplied by the cell's output h.
-      small: any pytree; read by the step itself, its gradient summed inside the loop.
+      small: any pytree; read by the step itself; its gradient is summed inside the loop on CPUs, after it elsewhere.
       late: name -> [D, N], multiplied by the input as the cell gates it within the step; most cells have none.
     """
 
@@ -142,8 +142,8 @@ def deferred_scan(
             for k, w in weights.recurrent.items():
                 dh = dh + _transposed(dhp[k], w, dtype)
             dcarry = (*dcarry[:OUTPUT], dh, *dcarry[OUTPUT + 1 :])
-            # A gradient takes the place of its product: half the memory. XLA does so without a copy only where the
-            # product of a step was read before, so the state holds it.
+            # A gradient takes the place of its product: half the memory on CPUs (elsewhere the products are read again
+            # after the loop). XLA copies nothing only where a step's product was read before, so the state holds it.
             products = jax.tree.map(lambda a, d: lax.dynamic_update_index_in_dim(a, d, t, 0), products, (dxp, dhp))
             dsmall = jax.tree.map(jnp.add, dsmall, dsmall_t) if in_loop else None
             return (dcarry, dsmall, products, at(products, t - 1)), (dx, dlate, None if in_loop else (dnew, dgated))
