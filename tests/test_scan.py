@@ -69,8 +69,15 @@ def test_gradients_are_the_plain_scans(name, dtype, tolerance):
 @cases
 def test_gradients_in_the_accelerators_form(name, monkeypatch):
     """What XLA compiles for GPUs and TPUs, run here: the same values and gradients to the last digits of doubles."""
-    monkeypatch.setattr(platform, "choose", lambda *arguments, cpu, accelerator: accelerator(*arguments))
-    got, want = loss_and_gradients(fast_scan, name, np.float64), plain_in_double(name)
+    want, chosen = plain_in_double(name), []
+
+    def choose(*arguments, cpu, accelerator):
+        chosen.append(accelerator)
+        return accelerator(*arguments)
+
+    monkeypatch.setattr(platform, "choose", choose)
+    got = loss_and_gradients(fast_scan, name, np.float64)
+    assert chosen
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * float(np.max(np.abs(b))))
 
@@ -134,6 +141,14 @@ def test_no_big_weight_gradient_is_formed_inside_the_loop(target):
     assert len(loops) == 2
     assert everywhere.count(big) == 1
     assert not any(big in shapes for shapes in loops)
+
+
+def test_gradients_take_the_place_of_their_products_on_cpus():
+    """The widest arrays are x W and h W, [T, B, 4 (H + S)] each; apart from them there is hardly more than the state."""
+    steps, B, H, S = 400, 16, 64, 16
+    needed = gradient_of(FastRNN(HyperLSTM(H, hyper_units=S, layer_norm=True)), jnp.zeros((B, steps, 10))).compile()
+    products, state = 2 * steps * B * 4 * (H + S) * 4, steps * B * (4 * H + 2 * S) * 4
+    assert needed.memory_analysis().temp_size_in_bytes < 1.25 * (products + state)
 
 
 def test_takes_any_pointwise_cell():
