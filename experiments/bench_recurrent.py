@@ -189,7 +189,7 @@ def report(config: Config, figures: dict[str, Any]) -> None:
         speed = config.batch * config.steps / seconds
         print(f"{label:28}{1e3 * seconds:10.2f}{seconds / least(figures):9.2f}{speed:14,.0f}{shown:>11}")
     print(
-        f"floor by counting: {1e3 * figures['counted_seconds']:.2f} ms, for {figures['counted_gflop']:,.0f} GFLOP at "
+        f"floor by counting: {1e3 * figures['counted_seconds']:.2f} ms, for {figures['counted_gflop']:.3g} GFLOP at "
         f"{figures['counted_tflop_per_second']:.3g} TFLOP/s in the loop, "
         f"{figures['counted_tflop_per_second_at_once']:.3g} at once, and 2 x {config.steps} launches of "
         f"{1e6 * figures['counted_launch_seconds']:.2f} us"
@@ -206,9 +206,9 @@ def report(config: Config, figures: dict[str, Any]) -> None:
 def check(config: Config) -> None:
     """Raises ValueError for a setting that makes no sense."""
     for name, value in dataclasses.asdict(config).items():
-        least = 0 if name in ("steps", "calls") else 1
-        if isinstance(value, int) and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected a whole number of at least {least}")
+        lowest = 0 if name in ("steps", "calls") else 1
+        if isinstance(value, int) and value < lowest:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected a whole number of at least {lowest}")
     if config.hyper_units > config.units:
         raise ValueError(f"--hyper-units is {config.hyper_units}, expected at most the --units, {config.units}")
     if config.json is not None:

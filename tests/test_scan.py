@@ -144,7 +144,7 @@ def test_no_big_weight_gradient_is_formed_inside_the_loop(target):
 
 
 def test_gradients_take_the_place_of_their_products_on_cpus():
-    """The widest arrays are x W and h W, [T, B, 4 (H + S)] each; apart from them there is hardly more than the state."""
+    """The widest arrays are x W and h W, [T, B, 4 (H + S)] each; apart from them there is little but the state."""
     steps, B, H, S = 400, 16, 64, 16
     needed = gradient_of(FastRNN(HyperLSTM(H, hyper_units=S, layer_norm=True)), jnp.zeros((B, steps, 10))).compile()
     products, state = 2 * steps * B * 4 * (H + S) * 4, steps * B * (4 * H + 2 * S) * 4

@@ -19,7 +19,7 @@ def choose(*arguments: Any, cpu: Callable, accelerator: Callable) -> Any:
 def in_two_forms(cpu: Callable, accelerator: Callable) -> Callable:
     """A function that computes `cpu` or `accelerator`, and so does its derivative.
 
-    Differentiating `choose` itself would keep the intermediate values of both.
+    Differentiating `choose` itself would keep the intermediate values of both. There is no forward-mode derivative.
     """
 
     @jax.custom_vjp

@@ -147,7 +147,14 @@ def plot_curves(
             axes.axhline(best, color=style["color"], lw=0.8, ls=":", zorder=0)
             text = f"best {best:.3f} at step {step:,}"
             axes.annotate(
-                text, (0.99, best), (0, -12), ("axes fraction", "data"), "offset points", ha="right", fontsize=9
+                text,
+                (0.99, best),
+                (0, -14),
+                ("axes fraction", "data"),
+                "offset points",
+                ha="right",
+                fontsize=9,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1},
             )
     seen = sorted(row[key] for row in rows for key in (train, valid) if key in row)
     if seen:  # the first steps are far above all others and would flatten the rest
