@@ -66,26 +66,31 @@ def test_gradients_are_the_plain_scans(name, dtype, tolerance):
             np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * float(np.max(np.abs(b))))
 
 
-@cases
-def test_gradients_in_the_accelerators_form(name, monkeypatch):
-    """What XLA compiles for GPUs and TPUs, run here: the same values and gradients to the last digits of doubles."""
-    want, chosen = plain_in_double(name), []
+@pytest.fixture
+def as_on_accelerators(monkeypatch):
+    """Runs here what XLA compiles for GPUs and TPUs; the list tells that there was a choice."""
+    chosen = []
 
     def choose(*arguments, cpu, accelerator):
         chosen.append(accelerator)
         return accelerator(*arguments)
 
     monkeypatch.setattr(platform, "choose", choose)
-    got = loss_and_gradients(fast_scan, name, np.float64)
-    assert chosen
+    return chosen
+
+
+@cases
+def test_gradients_in_the_accelerators_form(name, as_on_accelerators):
+    """The same values and gradients to the last digits of doubles."""
+    want, got = plain_in_double(name), loss_and_gradients(fast_scan, name, np.float64)
+    assert as_on_accelerators
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * float(np.max(np.abs(b))))
 
 
-@functools.cache
-def outcome_in_chunks_of(chunk):
+def outcome_in_chunks_of(chunk, dtype=None):
     """The loss, the new state, the outputs, and the gradients of one layer; a chunk of None is no rematerialisation."""
-    cell = CASES["ln_hyper_lstm"][0](8, **CASES["ln_hyper_lstm"][1], keep=0.7)
+    cell = CASES["ln_hyper_lstm"][0](8, **CASES["ln_hyper_lstm"][1], keep=0.7, dtype=dtype)
     x = jax.random.normal(jax.random.key(0), (3, 10, 5))
     variables = jax.jit(FastRNN(cell).init)({"params": jax.random.key(1), "dropout": jax.random.key(2)}, x)
 
@@ -96,10 +101,24 @@ def outcome_in_chunks_of(chunk):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(variables, x)
 
 
+uninterrupted = functools.cache(lambda: outcome_in_chunks_of(None))
+
+
 @pytest.mark.parametrize("chunk", [4, 5])
 def test_rematerialisation_changes_no_number(chunk):
-    for a, b in zip(*map(jax.tree.leaves, (outcome_in_chunks_of(None), outcome_in_chunks_of(chunk))), strict=True):
+    for a, b in zip(*map(jax.tree.leaves, (uninterrupted(), outcome_in_chunks_of(chunk))), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_accelerators_rematerialise_in_bfloat16(as_on_accelerators):
+    """All options of a long run at once: as far from float32 as eight bits of mantissa are, and in its types."""
+    want = uninterrupted()
+    del as_on_accelerators[:]
+    got = outcome_in_chunks_of(5, jnp.bfloat16)
+    assert as_on_accelerators
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=0, atol=0.03 * float(np.max(np.abs(b))))
 
 
 def gradient_of(layer, x):

@@ -72,11 +72,12 @@ def deferred_scan(
     """Runs a cell over time.
 
     Args:
-      step: pointwise function of (weights.small, carry, {name: x_t @ W}, {name: h @ W}, noise_t) -> new carry.
+      step: function of (weights.small, carry, {name: x_t @ W}, {name: h @ W}, noise_t) -> new carry, for every row of
+        a batch by itself, of any size.
       weights: the cell's parameters; see `Weights`.
       carry: the initial state, a tuple of [B, .] arrays whose entry 1 is h.
       x_TBD: [T, B, D] inputs.
-      noise: pytree of arrays with a leading axis T that take no gradient (dropout masks), or None.
+      noise: pytree of arrays [T, B, ...] that take no gradient (dropout masks), or None.
       gate: what `weights.late` multiply: (weights.small, carry, x_t, products as for `step`) -> [B, D]. The step finds
         these products beside those of the input. Needed if there are late weights.
       dtype: what the big products are computed in; None keeps the parameters' own. The state stays float32.
@@ -155,12 +156,16 @@ def deferred_scan(
         dcarry, dsmall, (dxp, dhp), _ = state
         if not in_loop:
 
-            def states(small, carry, x, xp, hp, late, noise):
+            def states(small):
+                carry, x, xp, hp, late, noise = at_all
                 new = step(small, carry, xp | late, hp, noise)
                 return new, gated_input(small, carry, x, xp, hp) if late else None
 
-            at_all = (carries, x_late, xp, hp, late, noise)
-            _, back = jax.vjp(lambda small: jax.vmap(partial(states, small))(*at_all), weights.small)
+            def merged(tree):  # all steps as one batch: a sum over both in one product, no gradient for each step
+                return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tree)
+
+            at_all, dstates = merged((carries, x_late, xp, hp, late, noise)), merged(dstates)
+            _, back = jax.vjp(states, weights.small)
             (dsmall,) = back(dstates)
         dinputs = {k: _outer(x_TBD, dxp[k], dtype) for k in weights.inputs}
         drecurrent = {k: _outer(carries[OUTPUT], dhp[k], dtype) for k in weights.recurrent}
