@@ -170,20 +170,33 @@ def test_gradients_take_the_place_of_their_products_on_cpus():
     assert needed.memory_analysis().temp_size_in_bytes < 1.25 * (products + state)
 
 
-def test_takes_any_pointwise_cell():
-    """A cell of the reader's own: h' = tanh(x W + h R + b), against a loop in Python."""
+@pytest.mark.parametrize("form", ["cpu", "accelerator"])
+def test_takes_any_cell(form, request):
+    """A cell of the reader's own: h' = tanh(x W + h R + b), against a loop in Python and its gradients by JAX."""
+    if form == "accelerator":
+        request.getfixturevalue("as_on_accelerators")
     rng = np.random.default_rng(0)
     W, R, b = rng.normal(size=(3, 4)), rng.normal(size=(4, 4)), rng.normal(size=(4,))
     x = rng.normal(size=(5, 2, 3))
 
     def step(small, carry, xp, hp, noise):
-        return carry[0] + 1, jnp.tanh(xp["w"] + hp["r"] + small[None])
+        return carry[0] + 1, jnp.tanh(xp["w"] + hp["r"] + jnp.broadcast_to(small, xp["w"].shape))
+
+    def ours(W, R, b, x):
+        weights = Weights({"w": W}, {"r": R}, b)
+        return deferred_scan(step, weights, (jnp.zeros((2, 1)), jnp.zeros((2, 4))), x)
+
+    def loop(W, R, b, x):
+        h = [jnp.zeros((2, 4))]
+        for x_t in x:
+            h.append(jnp.tanh(x_t @ W + h[-1] @ R + b[None]))
+        return (jnp.full((2, 1), 5.0), h[-1]), jnp.stack(h[1:])
+
+    def with_gradients(run):
+        gradient = jax.grad(lambda *a: jnp.sum(jnp.sin(jnp.arange(40.0).reshape(5, 2, 4)) * run(*a)[1]), (0, 1, 2, 3))
+        return run(W, R, b, x), gradient(W, R, b, x)
 
     with jax.enable_x64(True):
-        (count, last), h = deferred_scan(step, Weights({"w": W}, {"r": R}, b), (jnp.zeros((2, 1)), np.zeros((2, 4))), x)
-        state = np.zeros((2, 4))
-        for t in range(5):
-            state = np.tanh(x[t] @ W + state @ R + b)
-            np.testing.assert_allclose(h[t], state, rtol=1e-12)
-        np.testing.assert_array_equal(last, h[-1])
-        np.testing.assert_array_equal(count, 5)
+        got, want = with_gradients(ours), with_gradients(loop)
+        for a, c in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, c, rtol=1e-10, atol=1e-12)

@@ -53,10 +53,19 @@ def _transposed(dy: Array, w: Array, dtype: Any) -> Array:
     return product(dy, w.T, dtype)
 
 
-def _outer(x_TBD: Array, dy_TBN: Array, dtype: Any) -> Array:
-    """The gradient of a weight, summed over time and batch."""
-    x, dy = x_TBD.reshape(-1, x_TBD.shape[-1]), dy_TBN.reshape(-1, dy_TBN.shape[-1])
-    return product(x.T, dy, dtype)
+def _outer(x_TBD: Array, dy_TBN: Array, dtype: Any, cpu: bool) -> Array:
+    """The gradient of a weight, summed over time and batch.
+
+    A CPU multiplies faster if both are one axis. Elsewhere they stay two: merged, a batch that is split over devices
+    would have to be gathered.
+    """
+    if cpu:
+        x, dy = x_TBD.reshape(-1, x_TBD.shape[-1]), dy_TBN.reshape(-1, dy_TBN.shape[-1])
+        return product(x.T, dy, dtype)
+    out = jnp.promote_types(jnp.result_type(x_TBD, dy_TBN), jnp.float32)
+    if dtype is not None:
+        x_TBD, dy_TBN = x_TBD.astype(dtype), dy_TBN.astype(dtype)
+    return lax.dot_general(x_TBD, dy_TBN, (((0, 1), (0, 1)), ((), ())), preferred_element_type=out)
 
 
 def deferred_scan(
@@ -72,8 +81,8 @@ def deferred_scan(
     """Runs a cell over time.
 
     Args:
-      step: function of (weights.small, carry, {name: x_t @ W}, {name: h @ W}, noise_t) -> new carry, for every row of
-        a batch by itself, of any size.
+      step: function of (weights.small, carry, {name: x_t @ W}, {name: h @ W}, noise_t) -> new carry that works along
+        the last axis of its arrays, whatever axes stand before it.
       weights: the cell's parameters; see `Weights`.
       carry: the initial state, a tuple of [B, .] arrays whose entry 1 is h.
       x_TBD: [T, B, D] inputs.
@@ -113,10 +122,10 @@ def deferred_scan(
         return (last, h_TBH), (weights, x_TBD, noise, xp, saved)
 
     def backward(residuals, cotangents):
-        in_loop, after_it = partial(pull, in_loop=True), partial(pull, in_loop=False)
-        return platform.choose(residuals, cotangents, cpu=in_loop, accelerator=after_it)
+        on_cpu, elsewhere = partial(pull, cpu=True), partial(pull, cpu=False)
+        return platform.choose(residuals, cotangents, cpu=on_cpu, accelerator=elsewhere)
 
-    def pull(residuals, cotangents, in_loop):
+    def pull(residuals, cotangents, cpu):
         """The gradients; those of the small weights summed in the loop, or found for all steps at once after it."""
         weights, x_TBD, noise, xp, (carries, hp, gated, late) = residuals
         dlast, dh_TBH = cotangents
@@ -146,30 +155,25 @@ def deferred_scan(
             # A gradient takes the place of its product: half the memory on CPUs (elsewhere the products are read again
             # after the loop). XLA copies nothing only where a step's product was read before, so the state holds it.
             products = jax.tree.map(lambda a, d: lax.dynamic_update_index_in_dim(a, d, t, 0), products, (dxp, dhp))
-            dsmall = jax.tree.map(jnp.add, dsmall, dsmall_t) if in_loop else None
-            return (dcarry, dsmall, products, at(products, t - 1)), (dx, dlate, None if in_loop else (dnew, dgated))
+            dsmall = jax.tree.map(jnp.add, dsmall, dsmall_t) if cpu else None
+            return (dcarry, dsmall, products, at(products, t - 1)), (dx, dlate, None if cpu else (dnew, dgated))
 
-        zeros = jax.tree.map(jnp.zeros_like, weights.small) if in_loop else None
+        zeros = jax.tree.map(jnp.zeros_like, weights.small) if cpu else None
         times, products = jnp.arange(x_TBD.shape[0]), (xp, hp)
         read = (times, (carries, x_late, late, noise), dh_TBH)
         state, (dx_TBD, dlate, dstates) = lax.scan(body, (dlast, zeros, products, at(products, -1)), read, reverse=True)
         dcarry, dsmall, (dxp, dhp), _ = state
-        if not in_loop:
+        if not cpu:
 
-            def states(small):
-                carry, x, xp, hp, late, noise = at_all
-                new = step(small, carry, xp | late, hp, noise)
-                return new, gated_input(small, carry, x, xp, hp) if late else None
+            def states(small):  # all steps at once; not merged into one batch, which may be split over devices
+                new = step(small, carries, xp | late, hp, noise)
+                return new, gated_input(small, carries, x_late, xp, hp) if late else None
 
-            def merged(tree):  # all steps as one batch: a sum over both in one product, no gradient for each step
-                return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tree)
-
-            at_all, dstates = merged((carries, x_late, xp, hp, late, noise)), merged(dstates)
             _, back = jax.vjp(states, weights.small)
             (dsmall,) = back(dstates)
-        dinputs = {k: _outer(x_TBD, dxp[k], dtype) for k in weights.inputs}
-        drecurrent = {k: _outer(carries[OUTPUT], dhp[k], dtype) for k in weights.recurrent}
-        dlate = {k: _outer(gated, dlate[k], dtype) for k in weights.late}
+        dinputs = {k: _outer(x_TBD, dxp[k], dtype, cpu) for k in weights.inputs}
+        drecurrent = {k: _outer(carries[OUTPUT], dhp[k], dtype, cpu) for k in weights.recurrent}
+        dlate = {k: _outer(gated, dlate[k], dtype, cpu) for k in weights.late}
         dx_TBD = jnp.zeros_like(x_TBD) if dx_TBD is None else dx_TBD
         dx_TBD = sum((_transposed(dxp[k], w, dtype) for k, w in weights.inputs.items()), dx_TBD)
         return Weights(dinputs, drecurrent, dsmall, dlate), dcarry, dx_TBD, None
