@@ -96,13 +96,15 @@ def make_loss(model: LanguageModel) -> training.state.LossFn:
     return loss_fn
 
 
-def make_advance(config: Config, loss: training.state.LossFn, optimizer: Any, streams: Streams) -> tuple[Any, Any]:
+def make_advance(
+    config: Config, loss: training.state.LossFn, optimizer: Any, streams: Streams, layout: training.Layout | None = None
+) -> tuple[Any, Any]:
     """The step and what it reads: a window from the host, or the text on the device for several steps a call."""
     if config.steps_per_call == 1:
-        return training.make_step(loss, optimizer), streams.window
-    on_device = streams.on_device()
+        return training.make_step(loss, optimizer, layout), streams.window
+    text = streams.on_device() if layout is None else layout.join(streams.on_device(layout.rows))
     window = partial(window_at, length=config.length)
-    return training.make_steps(loss, optimizer, window), lambda step: on_device
+    return training.make_steps(loss, optimizer, window, layout), lambda step, rows=None: text
 
 
 def make_bpc(model: LanguageModel) -> Callable[[Any, Mapping[str, Any]], float]:
@@ -124,7 +126,7 @@ def run(config: Config, corpus: Corpus, streams: Streams, workdir: training.Work
     optimizer = make_optimizer(config, steps)
     create = make_create(config, model, optimizer)
     checkpoints: training.Checkpoints[training.TrainState] = training.Checkpoints(
-        workdir.path / "checkpoints", config.keep_checkpoints, config.part_mib
+        workdir.shared / "checkpoints", config.keep_checkpoints, config.part_mib
     )
     text = {"corpus": corpus.name, "fingerprint": corpus.fingerprint}
     with training.bad_input(__file__):  # nothing is compiled in here
@@ -135,10 +137,12 @@ def run(config: Config, corpus: Corpus, streams: Streams, workdir: training.Work
         metrics = training.JsonLines(workdir.path / "metrics.jsonl", resumed.get("step", 0))
         timings = training.JsonLines(workdir.path / "timings.jsonl", resumed.get("step", 0))
     state = restored[0] if restored else jax.jit(create)(init_key)
-    training.say("\n".join([describe(config, corpus, state.params, steps), *corpus.notes, *checkpoints.notes]))
+    training.say(
+        "\n".join([describe(config, corpus, state.params, steps, workdir.layout), *corpus.notes, *checkpoints.notes])
+    )
     print(f"resuming after step {int(state.step):,} of {steps:,}" if restored else f"starting in {workdir.path}")
 
-    advance = make_advance(config, make_loss(model), optimizer, streams)
+    advance = make_advance(config, make_loss(model), optimizer, streams, workdir.layout)
     bpc = make_bpc(model)
     cut = {
         name: evaluation_windows(getattr(corpus, name), config.eval_batch, config.length) for name in ("valid", "test")
@@ -166,6 +170,7 @@ def run(config: Config, corpus: Corpus, streams: Streams, workdir: training.Work
             resumed=resumed,
             started=started,
             save_minutes=config.save_minutes,
+            layout=workdir.layout,
         )
 
     try:
@@ -191,7 +196,7 @@ def run(config: Config, corpus: Corpus, streams: Streams, workdir: training.Work
     }
 
 
-def describe(config: Config, corpus: Corpus, params: Any, steps: int) -> str:
+def describe(config: Config, corpus: Corpus, params: Any, steps: int, layout: training.Layout | None = None) -> str:
     """What the run is about to do."""
     sizes = f"{len(corpus.train):,} / {len(corpus.valid):,} / {len(corpus.test):,} characters"
     epochs = steps * config.batch * config.length / len(corpus.train)
@@ -199,7 +204,7 @@ def describe(config: Config, corpus: Corpus, params: Any, steps: int) -> str:
         f"model   {config.model}: {config.layers} x {config.units} units, {training.count(params):,} parameters\n"
         f"data    {corpus.name}: {sizes}, {len(corpus.symbols)} symbols\n"
         f"run     {steps:,} steps of {config.batch} x {config.length} characters, {epochs:.3g} epochs\n"
-        f"device  {training.device()}"
+        f"device  {training.device(layout)}"
     )
 
 
@@ -217,7 +222,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with training.bad_input(__file__), training.bad_input(char_lm_presets.__file__):
         check(config)
         make_model(config, vocabulary=1)  # raises for what does not go together
-        workdir = training.Workdir(config.workdir or f"runs/char_lm-{config.preset}", config, FREE)
+        layout = training.lay_out(config, batch=config.batch)
+        workdir = training.Workdir(config.workdir or f"runs/char_lm-{config.preset}", config, FREE, layout)
         if workdir.summary is None:
             corpus = load_corpus(config.corpus, config.data_dir)
             streams = Streams(corpus.train, config.batch, config.length)

@@ -33,7 +33,7 @@ LEARNERS = ("regularised", "plain")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(training.Devices):
     """Settings of a run; --preset and --tasks choose the defaults of the others."""
 
     preset: str = "quick"  # quick, cpu or paper
@@ -198,7 +198,7 @@ def run(config: Config, images: Images, tasks: list[Task], workdir: training.Wor
     hyper = make_hyper(config, images)
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
     optimizer, create, begin = make_start(config, hyper, images.train.images[0].size)
-    checkpoints: training.Checkpoints[training.TrainState] = training.Checkpoints(workdir.path / "checkpoints")
+    checkpoints: training.Checkpoints[training.TrainState] = training.Checkpoints(workdir.shared / "checkpoints")
     data = {"data": images.name, "fingerprint": images.fingerprint}
     with training.bad_input(__file__):  # nothing is compiled in here
         if (checkpoints.meta() or data)["fingerprint"] != data["fingerprint"]:
@@ -214,18 +214,18 @@ def run(config: Config, images: Images, tasks: list[Task], workdir: training.Wor
         f"model   hypernetwork of {training.count(state.params['plain']):,} parameters for a main network of {main:,}\n"
         f"data    {' '.join(images.notes)}; {config.num_tasks} {config.tasks} tasks\n"
         f"run     each task {config.steps_per_task:,} steps of {config.batch} images; beta {config.beta:g}, and 0\n"
-        + "\n".join([f"device  {training.device()}", *checkpoints.notes])
+        + "\n".join([f"device  {training.device(workdir.layout)}", *checkpoints.notes])
     )
     print(f"resuming after step {int(state.step):,} of {steps:,}" if restored else f"starting in {workdir.path}")
-    step = training.make_step(make_loss(config, hyper), optimizer)
+    step = training.make_step(make_loss(config, hyper), optimizer, workdir.layout)
 
     def advance(state, batch, key):
         task, within, arrays = batch
         return step(begin(state, task) if within == 0 else state, arrays, key)
 
-    def batch_at(at):
+    def batch_at(at, rows=slice(None)):
         task, within = divmod(at, per_task)
-        batch = tasks[task].batches.batch_at(within)
+        batch = tasks[task].batches.batch_at(within, rows)
         return task, within, {**batch, "images": tasks[task].prepare(batch["images"], images.peak)}
 
     files: dict[str, Any] = {"checkpoints": checkpoints, "metrics": metrics, "timings": timings}
@@ -246,6 +246,7 @@ def run(config: Config, images: Images, tasks: list[Task], workdir: training.Wor
             meta=data,
             resumed=resumed,
             started=started,
+            layout=workdir.layout,
         )
     names, matrices = [task.name for task in tasks], read_matrices(metrics.path, state.params, len(tasks))
     summary = {"tasks": config.tasks, "data": images.name, "num_tasks": len(tasks), "beta": config.beta}
@@ -274,8 +275,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = training.parse(defaults, ("preset", "tasks"), argv, description=__doc__, prog="continual_digits.py")
     with training.bad_input(__file__):
         check(config)
+        layout = training.lay_out(config, batch=config.batch, in_place="generators_")
         default = f"runs/continual_digits-{config.preset}-{config.tasks}"
-        workdir = training.Workdir(config.workdir or default, config, FREE)
+        workdir = training.Workdir(config.workdir or default, config, FREE, layout)
         if workdir.summary is None:
             images = load_images(config.data, config.data_file, config.held_out)
             tasks = make_tasks(config, images)

@@ -38,7 +38,7 @@ DENSE = ("dense",)  # has no budget
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(training.Devices):
     """Settings; --preset and --data choose the defaults of the others."""
 
     preset: str = "quick"  # quick or cpu
@@ -142,7 +142,7 @@ def run(config: Config, tasks: Sequence[Task], workdir: training.Workdir, starte
         f"data    {tasks[0].name}: {'; '.join(tasks[0].notes)}\n"
         f"run     {', '.join(config.methods)} at {', '.join(f'{b:g}' for b in config.budgets)}, {config.seeds} seeds, "
         f"{config.steps:,} steps of {config.batch} x {config.length}\n"
-        f"device  {training.device()}\nstarting in {workdir.path}"
+        f"device  {training.device(workdir.layout)}\nstarting in {workdir.path}"
     )
     trained: list[Trained] = []
     for number, task in enumerate(tasks):
@@ -150,14 +150,12 @@ def run(config: Config, tasks: Sequence[Task], workdir: training.Workdir, starte
         for name in config.methods:
             for budget in (1.0,) if name in DENSE else config.budgets:
                 label = name if name in DENSE else f"{name}_{100 * budget:g}"
-                folder = workdir.path / f"{label}-seed{seed}"
+                folder = f"{label}-seed{seed}"
                 taught: Any = teacher if config.distill else None
-                model, params, found = train(config, name, budget, seed, task, folder, taught, started)
+                model, params, found = train(config, name, budget, seed, task, workdir, folder, taught, started)
                 if name == "dense":
                     teacher = jax.tree.map(np.asarray, params)
-                training.say(
-                    f"{folder.name}: test {task.unit} {found.quality:.4f} at {found.share:.3f} of the operations"
-                )
+                training.say(f"{folder}: test {task.unit} {found.quality:.4f} at {found.share:.3f} of the operations")
                 trained.append(Trained(label, name, seed, model, params, found))
     times = pruning_report.measure(trained, tasks[0], config.repeats)
     report(trained, times, tasks[0])
@@ -213,8 +211,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         training.bad_input(text_tasks.__file__),
     ):
         check(config)
+        layout = training.lay_out(config, batch=config.batch)
         workdir = training.Workdir(
-            config.workdir or f"runs/dynamic_pruning-{config.preset}-{config.data}", config, FREE
+            config.workdir or f"runs/dynamic_pruning-{config.preset}-{config.data}", config, FREE, layout
         )
         if workdir.summary is None:
             tasks = [load(config, config.seed + number) for number in range(config.seeds)]
@@ -222,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for budget in config.budgets:  # refuses what no network can be made for
                     model = build(name, sizes(config, tasks[0]), tasks[0], budget, config.seed, config.blocks)
                     jax.eval_shape(model.init, jax.random.key(0), tasks[0].batch_at(0)["tokens"])
-            started -= earlier(workdir.open().path)
+            started -= earlier(workdir.open().shared)
     if workdir.summary is not None:
         print(f"{workdir.path} holds a finished run; choose another --workdir to train again")
     else:

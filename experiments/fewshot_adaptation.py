@@ -38,7 +38,7 @@ FREE = ("workdir", "save_minutes", "keep_checkpoints")  # a run may resume with 
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(training.Devices):
     """Settings of a run; --preset and --tasks choose the defaults of the others."""
 
     preset: str = "quick"  # quick or cpu
@@ -124,21 +124,21 @@ def train(config: Config, workdir: training.Workdir, family: Any, hyper: HyperNe
         error = family.error(outputs, batch["targets"]).mean()
         return family.loss(outputs, batch["targets"]).mean(), (carry, {"error": error})
 
-    def batch_at(step, valid=False):
+    def batch_at(step, rows=slice(None), valid=False):
         rng = np.random.default_rng((config.seed, 3, step, valid))
         ids = rng.permutation(config.train_tasks)[: None if valid else config.batch].astype(np.int32)
         inputs, targets = family.sample(rng, ids, config.samples, valid)
-        return {"ids": ids, "inputs": inputs, "targets": targets}
+        return {"ids": ids[rows], "inputs": inputs[rows], "targets": targets[rows]}
 
     checkpoints: training.Checkpoints[training.TrainState] = training.Checkpoints(
-        workdir.path / "checkpoints", config.keep_checkpoints
+        workdir.shared / "checkpoints", config.keep_checkpoints
     )
     with training.bad_input(__file__):
         restored = checkpoints.restore(jax.eval_shape(lambda: state))
         state, resumed = restored or (state, {})
         metrics = training.JsonLines(workdir.path / "metrics.jsonl", resumed.get("step", 0))
         timings = training.JsonLines(workdir.path / "timings.jsonl", resumed.get("step", 0))
-    training.say("\n".join([*describe(config, family, state.params), *checkpoints.notes]))
+    training.say("\n".join([*describe(config, family, state.params, workdir.layout), *checkpoints.notes]))
     print(f"resuming after step {int(state.step):,}" if restored else f"starting in {workdir.path}")
     held = batch_at(0, valid=True)
     measure = jax.jit(lambda params, batch: family.error(predict(params, batch, 0.0), batch["targets"]).mean())
@@ -147,7 +147,7 @@ def train(config: Config, workdir: training.Workdir, family: Any, hyper: HyperNe
             stack.enter_context(each)
         state = training.fit(
             state,
-            training.make_step(loss_fn, optimizer),
+            training.make_step(loss_fn, optimizer, workdir.layout),
             batch_at,
             train_key,
             steps=config.steps,
@@ -163,13 +163,14 @@ def train(config: Config, workdir: training.Workdir, family: Any, hyper: HyperNe
             resumed=resumed,
             started=started,
             save_minutes=config.save_minutes,
+            layout=workdir.layout,
         )
     best = checkpoints.restore_best(state)
     valid_error = checkpoints.best[1] if checkpoints.best else math.nan
     return {"params": best.params, **variables}, valid_error, training.seconds(resumed, started)
 
 
-def describe(config: Config, family: Any, params: Any) -> list[str]:
+def describe(config: Config, family: Any, params: Any, layout: training.Layout | None) -> list[str]:
     """What the run is about to do."""
     layers = " - ".join(map(str, (family.example.shape[1], *family.model.widths, family.model.outputs)))
     generator = f"{type(family.generator).__name__} hypernetwork of {training.count(params):,}"
@@ -178,7 +179,7 @@ def describe(config: Config, family: Any, params: Any) -> list[str]:
         f"model   MLP {layers}, {target_size(family):,} parameters; {generator}, z of {config.embedding_dim}",
         f"data    {config.tasks}: {tasks}",
         f"run     {config.steps:,} steps of {config.batch} tasks x {config.samples} samples",
-        f"device  {training.device()}",
+        f"device  {training.device(layout)}",
     ]
 
 
@@ -284,7 +285,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = training.parse(defaults, ("preset", "tasks"), argv, description=__doc__, prog="fewshot_adaptation.py")
     with training.bad_input(__file__):
         check(config)
-        workdir = training.Workdir(config.workdir or f"runs/fewshot-{config.tasks}-{config.preset}", config, FREE)
+        layout = training.lay_out(config, batch=config.batch, in_place="generators_")
+        workdir = training.Workdir(
+            config.workdir or f"runs/fewshot-{config.tasks}-{config.preset}", config, FREE, layout
+        )
         if workdir.summary is None:
             workdir.open()
     if workdir.summary is not None:

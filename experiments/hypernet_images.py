@@ -34,7 +34,7 @@ FREE = ("workdir", "data_file", "save_minutes", "keep_checkpoints")  # a run may
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(training.Devices):
     """Settings of a run; --preset chooses the defaults of the others."""
 
     preset: str = "quick"  # quick, cpu or paper
@@ -214,7 +214,7 @@ def run(config: Config, data: Images, batches: Batches, workdir: training.Workdi
     """Trains, or goes on training; returns the summary."""
     steps = config.steps or math.ceil(config.epochs * batches.steps_per_epoch)
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
-    checkpoints: Any = training.Checkpoints(workdir.path / "checkpoints", config.keep_checkpoints)
+    checkpoints: Any = training.Checkpoints(workdir.shared / "checkpoints", config.keep_checkpoints)
     optimizer = optax.adam(make_schedule(config, steps))
     images = {"data": data.name, "fingerprint": data.fingerprint}
     with training.bad_input(__file__):  # nothing is compiled in here
@@ -230,7 +230,7 @@ def run(config: Config, data: Images, batches: Batches, workdir: training.Workdi
     counts = count_params(config, model, state.params)
     made = f"made by a hypernetwork of {counts['hypernetwork']:,}" if config.model == "hyper" else "learned directly"
     made = f"{counts['kernels']:,} weights {made}"
-    training.say("\n".join([describe(config, data, counts, made, steps), *checkpoints.notes]))
+    training.say("\n".join([describe(config, data, counts, made, steps, workdir.layout), *checkpoints.notes]))
     print(f"resuming after step {int(state.step):,} of {steps:,}" if restored else f"starting in {workdir.path}")
 
     error = make_error(config, model, data)
@@ -241,7 +241,7 @@ def run(config: Config, data: Images, batches: Batches, workdir: training.Workdi
         stack.callback(training.plot_curves, metrics.path, workdir.path / "curves.png", **curves)
         state = training.fit(
             state,
-            training.make_step(make_loss(config, model, data), optimizer),
+            training.make_step(make_loss(config, model, data), optimizer, workdir.layout),
             batches.batch_at,
             train_key,
             steps=steps,
@@ -250,6 +250,7 @@ def run(config: Config, data: Images, batches: Batches, workdir: training.Workdi
             items=config.batch,
             unit="images",
             started=started,
+            layout=workdir.layout,
             **kept,
             **{name: getattr(config, name) for name in ("eval_every", "log_every", "save_minutes")},
         )
@@ -267,7 +268,9 @@ def run(config: Config, data: Images, batches: Batches, workdir: training.Workdi
     }
 
 
-def describe(config: Config, data: Images, counts: Mapping[str, int], made: str, steps: int) -> str:
+def describe(
+    config: Config, data: Images, counts: Mapping[str, int], made: str, steps: int, layout: training.Layout | None
+) -> str:
     """What the run is about to do."""
     net = f"Wide ResNet {config.depth}-{config.width}" if config.depth else "two convolutions and a linear layer"
     epochs = f"{steps * config.batch / len(data.train.labels):.3g} epochs"
@@ -276,7 +279,7 @@ def describe(config: Config, data: Images, counts: Mapping[str, int], made: str,
         f"kernels {config.generated}: {made}; {counts['trained']:,} parameters are trained\n"
         f"data    {data.name}: {' '.join(data.notes)}\n"
         f"run     {steps:,} steps of {config.batch} images, {epochs}, augmentation: {config.augment}\n"
-        f"device  {training.device()}"
+        f"device  {training.device(layout)}"
     )
 
 
@@ -289,8 +292,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = training.parse(defaults, argv=argv, description=__doc__, prog="hypernet_images.py")
     with training.bad_input(__file__):
         check(config)
+        layout = training.lay_out(config, batch=config.batch, in_place="generators_")
         place = config.workdir or f"runs/hypernet_images-{config.preset}-{config.model}"
-        workdir = training.Workdir(place, config, FREE)
+        workdir = training.Workdir(place, config, FREE, layout)
         if workdir.summary is None:
             data = load_images(config.data, config.data_file, config.valid)
             batches = make_batches(config, data)

@@ -32,7 +32,7 @@ FREE = ("workdir", "data_file", "test_file", "save_minutes")  # a run may resume
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(training.Devices):
     """Settings of a run; --preset, --data and --model choose the defaults of the others."""
 
     preset: str = "quick"  # quick or cpu
@@ -165,7 +165,7 @@ def run(config: Config, data: TaskData, model: nn.Module, workdir: training.Work
         carry = {"step": jnp.zeros((), jnp.int32), **weighting.carry()}
         return training.TrainState.create(params, optimizer, carry)
 
-    checkpoints: training.Checkpoints[training.TrainState] = training.Checkpoints(workdir.path / "checkpoints")
+    checkpoints: training.Checkpoints[training.TrainState] = training.Checkpoints(workdir.shared / "checkpoints")
     mark = {"fingerprint": data.fingerprint}
     with training.bad_input(__file__):  # nothing is compiled in here
         if (checkpoints.meta() or mark)["fingerprint"] != mark["fingerprint"]:
@@ -184,7 +184,7 @@ def run(config: Config, data: TaskData, model: nn.Module, workdir: training.Work
         f"run     {config.steps:,} steps of {config.batch} rows; losses weighted by {config.weighting}"
         + (f", lambda {config.l0:g}, target {config.target}" if snr else "")
         + "\n"
-        + "\n".join([f"device  {training.device()}", *checkpoints.notes])
+        + "\n".join([f"device  {training.device(workdir.layout)}", *checkpoints.notes])
     )
     print(f"resuming after step {int(state.step):,} of {config.steps:,}" if restored else f"starting in {workdir.path}")
     batches, scores = RowBatches(data.train, config.batch, config.seed), make_scores(data, model)
@@ -200,7 +200,7 @@ def run(config: Config, data: TaskData, model: nn.Module, workdir: training.Work
     with checkpoints, files["metrics"], files["timings"], files["gates"]:
         state = training.fit(
             state,
-            training.make_step(make_loss(config, data, model, weighting), optimizer),
+            training.make_step(make_loss(config, data, model, weighting), optimizer, workdir.layout),
             batches.batch_at,
             train_key,
             checkpoints=checkpoints,
@@ -217,6 +217,7 @@ def run(config: Config, data: TaskData, model: nn.Module, workdir: training.Work
             meta=mark,
             resumed=resumed,
             started=started,
+            layout=workdir.layout,
         )
     network = jax.tree.map(np.asarray, state.params["network"])
     found = {f"{split}_{name}": value for split in ("valid", "test") for name, value in scores(network, split).items()}
@@ -276,8 +277,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = training.parse(defaults, ("preset", "data", "model"), argv, description=__doc__, prog="multitask_snr.py")
     with training.bad_input(__file__), training.bad_input(routing_models.__file__):
         check(config)
+        layout = training.lay_out(config, batch=config.batch)
         default = f"runs/multitask_snr-{config.preset}-{config.data}-{config.model}"
-        workdir = training.Workdir(config.workdir or default, config, FREE)
+        workdir = training.Workdir(config.workdir or default, config, FREE, layout)
         if workdir.summary is None:
             options: dict[str, Any] = {"group": config.group, "correlation": config.correlation, "seed": config.seed}
             data = load(config.data, config.data_file, config.test_file, **options)

@@ -100,9 +100,21 @@ def served_share(
 
 
 def train(
-    config: Any, name: str, budget: float, seed: int, task: Task, folder: Path, teacher: Any, started: float
+    config: Any,
+    name: str,
+    budget: float,
+    seed: int,
+    task: Task,
+    workdir: training.Workdir,
+    label: str,
+    teacher: Any,
+    started: float,
 ) -> tuple[Any, Any, pruning_report.Found]:
-    """Trains a network, or goes on, or restores it: the network, its parameters, and what the test finds."""
+    """Trains a network, or goes on, or restores it: the network, its parameters, and what the test finds.
+
+    It is kept in the run's folder `label`.
+    """
+    folder, layout = workdir.path / label, workdir.layout
     dense = sizes(config, task)
     model: Any = build(name, dense, task, budget, seed, config.blocks)
     evaluate = pruning_report.make_evaluate(name, model, task, dense)
@@ -121,7 +133,9 @@ def train(
         return training.TrainState.create(params, optimizer, carry)
 
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoints: training.Checkpoints[training.TrainState] = training.Checkpoints(folder / "checkpoints", 1)
+    checkpoints: training.Checkpoints[training.TrainState] = training.Checkpoints(
+        workdir.shared / label / "checkpoints", 1
+    )
     mark = {"fingerprint": task.fingerprint}
     with training.bad_input(__file__):  # nothing is compiled in here
         if (checkpoints.meta() or mark)["fingerprint"] != mark["fingerprint"]:
@@ -141,7 +155,7 @@ def train(
         if int(state.step) < config.steps:
             state = training.fit(
                 state,
-                training.make_step(make_loss(config, name, model, task, budget), optimizer),
+                training.make_step(make_loss(config, name, model, task, budget), optimizer, layout),
                 task.batch_at,
                 train_key,
                 checkpoints=checkpoints,
@@ -158,6 +172,7 @@ def train(
                 meta=mark,
                 resumed={**resumed, "seconds": 0.0},  # `started` is moved by them
                 started=started,
+                layout=layout,
             )
     label = "bits per character" if task.unit == "bpc" else "share of wrong answers"
     options = {"train": f"train_{task.unit}", "valid": f"valid_{task.unit}", "label": label}

@@ -28,6 +28,7 @@ class Group:
         gate_rate: learning rate of log alpha.
         own_rows: whether each run has rows of its own.
         sparse: whether SNR is steered to `target`, a share of its connections.
+        mesh: devices to spread the runs over; None is one.
     """
 
     def __init__(
@@ -41,9 +42,10 @@ class Group:
         gate_rate: float,
         own_rows: bool,
         sparse: bool,
+        mesh: jax.sharding.Mesh | None = None,
     ):
         self.model, self.tasks, self.shape, self.steps = model, tasks, shape, steps
-        self.gate_rate, self.own_rows, self.sparse = gate_rate, own_rows, sparse
+        self.gate_rate, self.own_rows, self.sparse, self.mesh = gate_rate, own_rows, sparse, mesh
         self.gated = isinstance(model, routing.SNR) and model.gates is not None
         self.trials = training.make_trials(self.init, self.loss, self.optimizer, batch, own_rows=own_rows)
 
@@ -92,20 +94,28 @@ class Group:
         Returns:
             The figures of each run; of one that put out NaN or infinity only `failed`, 1.
         """
-        train = jax.tree.map(jnp.asarray, splits["train"])
-        states = self.trials.start(seeds, hyper)
+        train, number = jax.tree.map(jnp.asarray, splits["train"]), len(seeds)
+        put = local = lambda tree: tree
+        if self.mesh is not None:
+            each = -(-number // self.mesh.size)  # on every device; the last run again where they do not come out even
+            layout = training.Layout(self.mesh, each * self.mesh.size)
+            put, local, index = layout.put, layout.local, np.minimum(np.arange(layout.batch), number - 1)
+            hyper, seeds = jax.tree.map(lambda a: jnp.asarray(a)[index], (hyper, seeds))
+            train = jax.tree.map(lambda a: a[index], train) if self.own_rows else train
+        states, hyper, seeds, train = put((self.trials.start(seeds, hyper), hyper, seeds, train))
         for at in range(0, self.steps, 100):
             some = min(100, self.steps - at)
             states, losses = self.trials.advance(states, hyper, seeds, train, some)
+            losses = local(losses)
             bar.set_postfix_str(", ".join(f"{name} {float(loss[:, -1].mean()):.3f}" for name, loss in losses.items()))
             bar.update(some)
-        runs = jax.tree.map(np.asarray, (states.params, hyper))
+        runs = jax.tree.map(lambda a: np.asarray(a)[:number], local((states.params, hyper)))
         outputs = {
             name: training.apply_in_blocks(self.evaluate, runs, splits[name]["x"], own_rows=self.own_rows)
             for name in ("valid", "test")
         }
         figures = []
-        for run in range(len(seeds)):
+        for run in range(number):
             own = jax.tree.map(operator.itemgetter(run), outputs)
             if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(own)):
                 figures.append({"failed": 1})

@@ -41,7 +41,7 @@ are better; cosine: mean between the gradients of a shared parameter's uses, at 
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(training.Devices):
     """Settings; --preset chooses the defaults of the others."""
 
     preset: str = "quick"  # quick or cpu
@@ -112,26 +112,30 @@ def start(case: Case, seed: int) -> Any:
     return case.module.init(jax.random.key(seed), case.example)["params"]
 
 
-def fit(config: Config, case: Case, variant: str, seed: int, name: str) -> tuple[Tied, Any]:
+def fit(
+    config: Config, case: Case, variant: str, seed: int, name: str, layout: training.Layout | None
+) -> tuple[Tied, Any]:
     """Trains a network from its seed, and the one before it if there is one: the network and its parameters."""
     before, label = case.variants[variant].after, f"{name} {variant} seed {seed}"
     full = start(case, seed)
     if before:
-        net, params = fit(config, case, before, seed, name)
+        net, params = fit(config, case, before, seed, name, layout)
         full = net.expand(params)
     net = sharing.tie(case.module, case.variants[variant].ties, case.example)
     params = net.fit(full, pick=lambda source, parts: next(iter(parts.values())))  # the source's own value
     step, opt_state = make_step(config, case, variant, net, params)
+    put = layout.put if layout else lambda tree: tree
+    params, opt_state = put((params, opt_state))
     value: Any = 0.0
     with tqdm.tqdm(total=config.steps, unit="step", desc=label, mininterval=1.0, leave=False) as bar:
         for number in range(config.steps):
-            params, opt_state, value = step(params, opt_state, case.batch_at(number))
+            params, opt_state, value = step(params, opt_state, put(case.batch_at(number)))
             bar.update()
             if number % 50 == 0:
                 bar.set_postfix(loss=f"{value:.3f}", refresh=False)
     if not np.isfinite(value):
         raise training.NonFinite(f"the loss of {label} is {value} after step {config.steps}; lower the rates")
-    return net, params
+    return net, layout.local(params) if layout else params
 
 
 def cosine(case: Case, variant: str, net: Tied, params: Any) -> float | None:
@@ -188,7 +192,8 @@ def run(config: Config, graph: Graph | None, workdir: training.Workdir, started:
     about += [f"          Its graph is {graph_name}."] if "graph" in config.cases else []
     training.say(
         "\n".join(about) + f"\nrun       {config.seeds} {'seed' if config.seeds == 1 else 'seeds'} of each network, "
-        f"{config.steps:,} steps of {config.batch} samples (graph: of the whole graph)\ndevice    {training.device()}\n"
+        f"{config.steps:,} steps of {config.batch} samples (graph: of the whole graph)\n"
+        f"device    {training.device(workdir.layout)}\n"
         + (f"resuming after {len(before)} networks" if before else f"starting in {workdir.path}")
     )
     wanted = [(name, v, config.seed + n) for name in config.cases for v in VARIANTS[name] for n in range(config.seeds)]
@@ -196,7 +201,7 @@ def run(config: Config, graph: Graph | None, workdir: training.Workdir, started:
     with training.JsonLines(path, len(before)) as lines:
         for number, (name, variant, seed) in enumerate(wanted[len(before) :], len(before) + 1):
             case = CASES[name](config.batch, seed, graph)
-            net, params = fit(config, case, variant, seed, name)
+            net, params = fit(config, case, variant, seed, name, workdir.layout)
             row = {case.unit: case.variants[variant].quality(partial(jax.jit(net.apply), {"params": params}))}
             between = cosine(case, variant, net, params)
             row |= {} if between is None else {"cosine": between}
@@ -286,7 +291,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = training.parse(defaults, ("preset",), argv, description=__doc__, prog="share_basics.py")
     with training.bad_input(__file__), training.bad_input(basics_graphs.__file__):
         check(config)
-        workdir = training.Workdir(config.workdir or f"runs/share_basics-{config.preset}", config, FREE)
+        layout = training.lay_out(config, batch=config.batch)
+        workdir = training.Workdir(config.workdir or f"runs/share_basics-{config.preset}", config, FREE, layout)
         if workdir.summary is None:
             graph = None if config.data_file is None else read_graph(config.data_file)
             workdir.open()

@@ -40,7 +40,7 @@ FREE = ("workdir", "data_dir", "save_minutes", "repeats")  # a run may resume wi
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(training.Devices):
     """Settings; --preset and --data choose the defaults of the others."""
 
     preset: str = "quick"  # quick or cpu
@@ -179,7 +179,7 @@ def run(config: Config, tasks: Sequence[Characters], workdir: training.Workdir, 
         f"data    {tasks[0].name}: {'; '.join(tasks[0].notes)}\n"
         f"run     {', '.join(config.rows)}; {config.seeds} seeds, {config.steps:,} steps of {config.batch} x "
         f"{config.length}, {config.extra:,} more after conversion\n"
-        f"device  {training.device()}\nstarting in {workdir.path}"
+        f"device  {training.device(workdir.layout)}\nstarting in {workdir.path}"
     )
     found: dict[str, list[tuple[Row, Any, float]]] = {name: [] for name in config.rows}
     teachers: list[Any] = []
@@ -191,7 +191,7 @@ def run(config: Config, tasks: Sequence[Characters], workdir: training.Workdir, 
             else:
                 row = scratch(name, config, whole, seed)
             teacher = teachers[-1] if len(teachers) > number else None
-            row, params = trained(config, row, sizes(config, task), task, workdir.path, seed, started, teacher)
+            row, params = trained(config, row, sizes(config, task), task, workdir, seed, started, teacher)
             if name == "unshared":
                 teachers.append(jax.tree.map(np.asarray, params))
             quality = make_evaluate(row.net, task)(params, "test")
@@ -271,11 +271,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         training.bad_input(sharing_rows.__file__),
     ):
         check(config)
+        layout = training.lay_out(config, batch=config.batch)
         config = within_budget(config)
-        workdir = training.Workdir(config.workdir or f"runs/share_layers-{config.preset}-{config.data}", config, FREE)
+        workdir = training.Workdir(
+            config.workdir or f"runs/share_layers-{config.preset}-{config.data}", config, FREE, layout
+        )
         if workdir.summary is None:
             tasks: list[Any] = [load(config, config.seed + number) for number in range(config.seeds)]
-            started -= earlier(workdir.open().path)
+            started -= earlier(workdir.open().shared)
     if workdir.summary is not None:
         print(f"{workdir.path} holds a finished run; choose another --workdir to train again")
     else:

@@ -62,7 +62,8 @@ def train(
     config: Any,
     net: Any,
     task: Characters,
-    folder: Path,
+    workdir: training.Workdir,
+    label: str,
     seed: int,
     started: float,
     *,
@@ -78,6 +79,7 @@ def train(
     """Trains a network for a number of steps, or goes on, or restores it, and returns its last state.
 
     Args:
+        label: the folder within the run's that it is kept in.
         steps: how many.
         rate: the highest learning rate.
         start: parameters to begin with; None draws them.
@@ -87,6 +89,7 @@ def train(
         teacher: network and parameters whose answers are learned too.
         softly: maps whose layers are drawn together.
     """
+    folder, layout = workdir.path / label, workdir.layout
     optimizer = make_optimizer(config, rate, within or steps, softly is None)
     init_key, train_key = jax.random.split(jax.random.key(seed))
     example, evaluate = task.batch_at(0), make_evaluate(net, task)
@@ -99,7 +102,9 @@ def train(
         return training.TrainState(jnp.asarray(after, jnp.int32), params, new, carry)
 
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoints: training.Checkpoints[training.TrainState] = training.Checkpoints(folder / "checkpoints", 1)
+    checkpoints: training.Checkpoints[training.TrainState] = training.Checkpoints(
+        workdir.shared / label / "checkpoints", 1
+    )
     mark = {"fingerprint": task.fingerprint}
     with training.bad_input(__file__):  # nothing is compiled in here
         if (checkpoints.meta() or mark)["fingerprint"] != mark["fingerprint"]:
@@ -114,7 +119,7 @@ def train(
         if int(state.step) < after + steps:
             state = training.fit(
                 state,
-                training.make_step(loss_fn, optimizer),
+                training.make_step(loss_fn, optimizer, layout),
                 task.batch_at,
                 train_key,
                 checkpoints=checkpoints,
@@ -130,6 +135,7 @@ def train(
                 meta=mark,
                 resumed={**resumed, "seconds": 0.0},  # `started` is moved by them
                 started=started,
+                layout=layout,
             )
     options = {"train": "train_bpc", "valid": "valid_bpc", "label": "bits per character"}
     training.plot_curves(files[0].path, folder / "curves.png", title=f"{folder.name} on {task.name}", **options)
@@ -137,38 +143,43 @@ def train(
 
 
 def trained(
-    config: Any, row: Row, sizes: Config, task: Characters, parent: Path, seed: int, started: float, teacher: Any
+    config: Any,
+    row: Row,
+    sizes: Config,
+    task: Characters,
+    workdir: training.Workdir,
+    seed: int,
+    started: float,
+    teacher: Any,
 ) -> tuple[Row, Any]:
     """A row after its training, and its parameters: in one stage, or in several whose networks differ.
 
     Args:
         sizes: of the unshared network.
-        parent: folder of the stages' folders.
+        workdir: the run's; each stage has a folder in it.
         teacher: parameters of the unshared network, for rows that begin with them.
     """
     name = f"{row.name}{{}}-seed{seed}"
-    go = partial(train, config, task=task, seed=seed, started=started)
+    go = partial(train, config, task=task, workdir=workdir, seed=seed, started=started)
     if row.replans:
         options: dict[str, Any] = {"rate": config.learning_rate, "within": config.steps}
         start, opt_state = None, None
         for at in range(0, config.steps, config.replan_every):
-            folder, steps = parent / name.format(f"-{at}"), min(config.replan_every, config.steps - at)
-            state = go(row.net, folder=folder, steps=steps, after=at, start=start, opt_state=opt_state, **options)
+            label, steps = name.format(f"-{at}"), min(config.replan_every, config.steps - at)
+            state = go(row.net, label=label, steps=steps, after=at, start=start, opt_state=opt_state, **options)
             if at + steps < config.steps:
                 row, start, opt_state = replanned(row, config, task, state.params, state.opt_state)
         return row, state.params
     if row.transfer is None:
-        return row, go(row.net, folder=parent / name.format(""), steps=config.steps, rate=config.learning_rate).params
+        return row, go(row.net, label=name.format(""), steps=config.steps, rate=config.learning_rate).params
     plain = Decoder(sizes)
     options = {"rate": config.extra_rate, "teacher": (plain, teacher)}
     start, soft = teacher, 0 if row.softly is None else round(config.soft * config.extra)
     if soft:
-        folder = parent / name.format("-soft")
-        start = go(
-            plain, folder=folder, steps=soft, after=config.steps, start=start, softly=row.softly, **options
-        ).params
+        label = name.format("-soft")
+        start = go(plain, label=label, steps=soft, after=config.steps, start=start, softly=row.softly, **options).params
     rest = {"steps": config.extra - soft, "after": config.steps + soft, "start": row.transfer(start)}
-    return row, go(row.net, folder=parent / name.format(""), **rest, **options).params
+    return row, go(row.net, label=name.format(""), **rest, **options).params
 
 
 def earlier(folder: Path) -> float:

@@ -40,7 +40,7 @@ L0 = (1e-3, 1e-4, 1e-5)  # the paper's range of lambda
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(training.Devices):
     """Settings of a sweep; --preset and --data choose the defaults of the others."""
 
     preset: str = "quick"  # quick or cpu
@@ -128,7 +128,9 @@ def read_splits(config: Config) -> tuple[TaskData, dict[str, Any], bool]:
     return draws[0], splits, own
 
 
-def make(config: Config, name: str, data: TaskData, splits: dict[str, Any], own: bool, budget: int) -> Group:
+def make(
+    config: Config, name: str, data: TaskData, splits: dict[str, Any], own: bool, budget: int, layout: Any = None
+) -> Group:
     """The runs of a network by name, sized to a budget."""
     features, build = splits["train"]["x"].shape[-1], MODELS[SNR.get(name, name)]
     shape = jax.ShapeDtypeStruct((1, features), jnp.float32)
@@ -141,6 +143,7 @@ def make(config: Config, name: str, data: TaskData, splits: dict[str, Any], own:
         shape,
         steps=config.steps,
         batch=config.batch,
+        mesh=None if layout is None else layout.mesh,
         gate_rate=config.gate_rate,
         own_rows=own,
         sparse=name == "snr_sparse",
@@ -165,10 +168,12 @@ def stack(settings: Sequence[Figures]) -> dict[str, Any]:
     return {name: jnp.asarray([one[name] for one in settings], jnp.float32) for name in settings[0]}
 
 
-def search(config: Config, name: str, data: TaskData, splits: dict[str, Any], own: bool) -> tuple[list[Figures], float]:
+def search(
+    config: Config, name: str, data: TaskData, splits: dict[str, Any], own: bool, layout: training.Layout | None
+) -> tuple[list[Figures], float]:
     """Tries settings at random, many at once; returns a line for each run, and how many there were in a minute."""
     settings, lines = draw(config, name), []
-    group = make(config, name, data, splits, False, config.search_budget)
+    group = make(config, name, data, splits, False, config.search_budget, layout)
     started = time.perf_counter()
     for index in range(config.search_seeds):
         rows = jax.tree.map(operator.itemgetter(index), splits) if own else splits
@@ -277,9 +282,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = training.parse(defaults, ("preset", "data"), argv, description=__doc__, prog="sweep_snr.py")
     with training.bad_input(__file__), training.bad_input(routing_models.__file__):
         check(config)
+        layout = training.lay_out(config)
         kind = {"synthetic": f"-{config.correlation:g}", "census": f"-{config.group}"}.get(config.data, "")
         default = f"runs/sweep_snr-{config.preset}-{config.data}{kind}"
-        workdir = training.Workdir(config.workdir or default, config, FREE)
+        workdir = training.Workdir(config.workdir or default, config, FREE, layout)
         if workdir.summary is None:
             data, splits, own = read_splits(config)
             for name in config.models:  # sizes that cannot be met are refused before anything is trained
@@ -309,20 +315,20 @@ def run(config: Config, data: TaskData, splits, own: bool, workdir: training.Wor
         f"data    {' '.join(data.notes)}\n"
         f"run     {config.search} settings of each, then {config.seeds} seeds; {config.steps:,} steps a run of "
         f"{config.batch} rows\n"
-        f"device  {training.device()}\n"
+        f"device  {training.device(workdir.layout)}\n"
         + (f"resuming after {done} of {len(groups)} groups of runs" if done else f"starting in {workdir.path}")
     )
     times = workdir.path / "timings.jsonl"
     with training.JsonLines(path, done) as lines, training.JsonLines(times, done) as timings:
         for number, (name, budget) in enumerate(groups[done:], done + 1):
             if budget is None:
-                figures, speed = search(config, name, data, splits, own)
+                figures, speed = search(config, name, data, splits, own, workdir.layout)
                 timings.write(number, trials_per_minute=speed, seconds=time.perf_counter() - started)
                 text = f"{name:14} {speed:.0f} trials a minute"
             else:
                 setting = best_of(config, name, training.read_lines(path))
                 seeds = jnp.arange(config.seed, config.seed + config.seeds)
-                group = make(config, name, data, splits, own, budget)
+                group = make(config, name, data, splits, own, budget, workdir.layout)
                 with tqdm.tqdm(total=config.steps, unit="step", desc=f"{name} {budget:,}", mininterval=1.0) as bar:
                     found = group.train(splits, stack([setting] * config.seeds), seeds, bar)
                 if any(line["failed"] for line in found):

@@ -73,10 +73,10 @@ class Characters:
         sizes = " / ".join(f"{len(getattr(self.corpus, name)):,}" for name in ("train", "valid", "test"))
         return (*self.corpus.notes, f"{sizes} characters, {self.vocabulary} symbols")
 
-    def batch_at(self, step: int) -> Batch:
-        """Windows from anywhere in the training text."""
+    def batch_at(self, step: int, rows: slice = slice(None)) -> Batch:
+        """Windows from anywhere in the training text, or some rows of them."""
         starts = np.random.default_rng((self.seed, step)).integers(0, len(self.corpus.train) - self.length, self.batch)
-        return self._windows(self.corpus.train, starts)
+        return self._windows(self.corpus.train, starts[rows])
 
     def batches(self, split: str, size: int) -> Iterator[tuple[Batch, int]]:
         """A split in windows that overlap by the prompt, `size` at a time, and how many of them count."""
@@ -156,9 +156,9 @@ class Passages:
     def notes(self) -> tuple[str, ...]:
         return tuple(self.data.notes)
 
-    def batch_at(self, step: int) -> Batch:
-        """A batch of the training passages."""
-        return self._with_mask(TextBatches(self.data.train, self.batch, self.seed).batch_at(step))
+    def batch_at(self, step: int, rows: slice = slice(None)) -> Batch:
+        """A batch of the training passages, or some rows of it."""
+        return self._with_mask(TextBatches(self.data.train, self.batch, self.seed).batch_at(step, rows))
 
     def batches(self, split: str, size: int) -> Iterator[tuple[Batch, int]]:
         """A split, `size` passages at a time, and how many of them count."""

@@ -74,11 +74,12 @@ class Batches:
         self.order, self.augment = EpochOrder(len(self.labels), batch, seed, "images"), augment
         self.batch, self.seed, self.steps_per_epoch = self.order.batch, self.order.seed, self.order.steps_per_epoch
 
-    def batch_at(self, step: int) -> dict[str, np.ndarray]:
+    def batch_at(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
         """Returns the batch of a training step.
 
         Args:
             step: number of the step, from 0, over all epochs.
+            rows: those of the batch to return, where several processes read one part each.
 
         Returns:
             `images`, [B, H, W, C] of the given type unless `augment` changes it, and `labels`, [B] int32.
@@ -87,11 +88,11 @@ class Batches:
             ValueError: `step` is negative.
         """
         index = self.order.rows_at(step)
-        images = self.images[index]
-        if self.augment is not None:
-            # The third number keeps this generator apart from the one that orders epoch number `step`.
-            images = self.augment(np.random.default_rng((self.seed, int(step), 1)), images)
-        return {"images": images, "labels": self.labels[index]}
+        if self.augment is None:
+            return {"images": self.images[index[rows]], "labels": self.labels[index[rows]]}
+        # The third number keeps this generator apart from the one that orders epoch number `step`. It draws for all.
+        images = self.augment(np.random.default_rng((self.seed, int(step), 1)), self.images[index])
+        return {"images": images[rows], "labels": self.labels[index[rows]]}
 
 
 def pad_crop_flip(rng: np.random.Generator, images: np.ndarray, pad: int = 4) -> np.ndarray:

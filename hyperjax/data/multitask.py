@@ -105,11 +105,12 @@ class RowBatches:
         self.split, self.order = split, EpochOrder(split.rows, batch, seed, "rows")
         self.batch, self.seed, self.steps_per_epoch = self.order.batch, self.order.seed, self.order.steps_per_epoch
 
-    def batch_at(self, step: int) -> dict[str, dict[str, np.ndarray]]:
+    def batch_at(self, step: int, rows: slice = slice(None)) -> dict[str, dict[str, np.ndarray]]:
         """Returns the batch of a training step.
 
         Args:
             step: number of the step, from 0, over all epochs.
+            rows: those of the batch to return, where several processes read one part each.
 
         Returns:
             `features` and `labels`, by name, [B, ...].
@@ -117,7 +118,7 @@ class RowBatches:
         Raises:
             ValueError: `step` is negative.
         """
-        index = self.order.rows_at(step)
+        index = self.order.rows_at(step)[rows]
         features, labels = ({name: array[index] for name, array in arrays.items()} for arrays in self.split)
         return {"features": features, "labels": labels}
 

@@ -41,11 +41,12 @@ class Streams:
         self.steps_per_epoch = self.stream_length // self.length
         self._starts = np.arange(self.batch)[:, None] * self.stream_length + np.arange(self.length + 1)[None, :]
 
-    def window(self, step: int) -> dict[str, np.ndarray]:
+    def window(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
         """Returns the window of a training step.
 
         Args:
             step: number of the step, from 0, over all epochs.
+            rows: the streams to read, where several processes read one part each.
 
         Returns:
             `inputs` and `targets`, [B, L] int32, the targets one character ahead; and `reset`, a boolean scalar,
@@ -58,15 +59,15 @@ class Streams:
         if step < 0:
             raise ValueError(f"step is {step}, expected 0 or more")
         within_epoch = step % self.steps_per_epoch
-        ids = self.ids[self._starts + within_epoch * self.length].astype(np.int32, copy=False)
+        ids = self.ids[self._starts[rows] + within_epoch * self.length].astype(np.int32, copy=False)
         reset = np.bool_(within_epoch == 0)
         return {"inputs": ids[:, :-1].copy(), "targets": ids[:, 1:].copy(), "reset": reset}
 
-    def on_device(self) -> Array:
-        """Returns the streams on the device, [B, n * L + 1] uint8 (int32 if ids need it), for `window_at`."""
+    def on_device(self, rows: slice = slice(None)) -> Array:
+        """Returns streams on the device, [B, n * L + 1] uint8 (int32 if ids need it), for `window_at`."""
         width = self.steps_per_epoch * self.length + 1
         small = self.ids.min() >= 0 and self.ids.max() < 256
-        streams = np.lib.stride_tricks.sliding_window_view(self.ids, width)[:: self.stream_length][: self.batch]
+        streams = np.lib.stride_tricks.sliding_window_view(self.ids, width)[:: self.stream_length][: self.batch][rows]
         return jnp.asarray(streams.astype(np.uint8 if small else np.int32))
 
 

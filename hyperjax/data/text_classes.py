@@ -65,9 +65,12 @@ class TextBatches:
         self.split, self.order = split, EpochOrder(len(split.labels), batch, seed, "passages")
         self.batch, self.seed, self.steps_per_epoch = self.order.batch, self.order.seed, self.order.steps_per_epoch
 
-    def batch_at(self, step: int) -> dict[str, np.ndarray]:
-        """Returns `tokens` [B, T], `lengths` [B] and `labels` [B] of a step, from 0; ValueError if it is negative."""
-        index = self.order.rows_at(step)
+    def batch_at(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
+        """Returns `tokens` [B, T], `lengths` [B] and `labels` [B] of a step, from 0; ValueError if it is negative.
+
+        Only some rows of the batch, where several processes read one part each.
+        """
+        index = self.order.rows_at(step)[rows]
         return {name: array[index] for name, array in self.split._asdict().items()}
 
 

@@ -12,7 +12,13 @@ from jax import lax
 
 
 def choose(*arguments: Any, cpu: Callable, accelerator: Callable) -> Any:
-    """cpu(*arguments) where this is compiled for a CPU, accelerator(*arguments) anywhere else."""
+    """cpu(*arguments) where this is compiled for a CPU by itself, accelerator(*arguments) anywhere else.
+
+    CPUs that share a mesh (see `jax.set_mesh`) wait for each other in every step of a loop that sums a gradient, and so
+    are better off with a form that sums it once.
+    """
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return accelerator(*arguments)
     return lax.platform_dependent(*arguments, cpu=cpu, default=accelerator)
 
 

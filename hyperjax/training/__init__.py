@@ -4,6 +4,7 @@ from hyperjax.training.checkpoint import Checkpoints
 from hyperjax.training.evaluation import Evaluation, make_evaluate
 from hyperjax.training.experiment import Workdir, bad_input, count, device, environment, parse, print_summary, say
 from hyperjax.training.loop import Interrupted, NonFinite, fit, seconds, stopping
+from hyperjax.training.mesh import Devices, Layout, lay_out, make_mesh
 from hyperjax.training.metrics import JsonLines, plot_curves, read_lines, write_json
 from hyperjax.training.optimizer import average_params, averaged_params, matrices, schedule
 from hyperjax.training.state import TrainState, make_step, make_steps
@@ -11,9 +12,11 @@ from hyperjax.training.trials import Trials, apply_in_blocks, make_trials
 
 __all__ = [
     "Checkpoints",
+    "Devices",
     "Evaluation",
     "Interrupted",
     "JsonLines",
+    "Layout",
     "NonFinite",
     "TrainState",
     "Trials",
@@ -26,7 +29,9 @@ __all__ = [
     "device",
     "environment",
     "fit",
+    "lay_out",
     "make_evaluate",
+    "make_mesh",
     "make_step",
     "make_steps",
     "make_trials",

@@ -1,7 +1,6 @@
 """Checkpoints by Orbax, with a digest of our own: written in the background, checked to the byte when read."""
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -14,14 +13,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from hyperjax.training import processes
+from hyperjax.training.digest import digest, digest_json, leaves
+
 T = TypeVar("T")
 
 
 class Checkpoints(Generic[T]):
     """The checkpoints of one run: the last few, and the best.
 
-    Orbax restores flipped bits without a word, so every checkpoint carries a SHA-256 of its arrays and of its own
-    metadata, and one that does not match is not used. A run is alone in its folder (see `Workdir`).
+    Orbax restores flipped bits without a word, so every checkpoint carries a digest of its arrays and of its own
+    metadata, and one that does not match is not used. A run is alone in its folder (see `Workdir`); if it has several
+    processes, each writes its part of the arrays, all call every method together, and any number of processes restores.
 
     Args:
         directory: where they are kept; need not exist.
@@ -78,11 +81,13 @@ class Checkpoints(Generic[T]):
         if value is not None and (self.best is None or value < self.best[1]):
             self.best = (step, value)
         # A copy: on CPU, NumPy shares memory with a buffer that the next step, which donates it, overwrites.
-        host = jax.tree.map(lambda x: np.array(x), state)
-        body = {"meta": meta, "best": self.best, "arrays": _describe(host), "sha256": _digest(host)}
+        alone = all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(state))
+        copy = jax.tree.map(np.array if alone else jnp.copy, state)
+        kind = "sha256" if alone else "sums"
+        body = {"meta": meta, "best": self.best, "arrays": _describe(copy), kind: digest(kind, copy)}
         body = json.loads(json.dumps(body))  # a copy of its own: it is written while the caller goes on
-        item = {**body, "own_sha256": _digest_json(body)}
-        args = ocp.args.Composite(state=self._save_args(host), meta=ocp.args.JsonSave(item))
+        item = {**body, "own_sha256": digest_json(body)}
+        args = ocp.args.Composite(state=self._save_args(copy), meta=ocp.args.JsonSave(item))
         if not self._open().save(step, args=args, force=True):
             raise RuntimeError(f"Orbax refused to save step {step} in {self.directory}")
 
@@ -168,6 +173,7 @@ class Checkpoints(Generic[T]):
         """Returns when everything saved is on disk; raises what went wrong in the background."""
         if self._manager is not None:
             self._manager.wait_until_finished()
+            processes.meet("checkpoint")
 
     def close(self) -> None:
         """Waits, and releases the threads."""
@@ -189,11 +195,11 @@ class Checkpoints(Generic[T]):
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         return self._manager
 
-    def _save_args(self, host: T) -> Any:
+    def _save_args(self, state: T) -> Any:
         if self.part_mib is None:
-            return ocp.args.StandardSave(host)
+            return ocp.args.StandardSave(state)
         # Orbax closes a file once it is past its target, which here took up to half as much again: hence the margin.
-        return ocp.args.PyTreeSave(host, ocdbt_target_data_file_size=self.part_mib * 2**20 * 5 // 8)
+        return ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=self.part_mib * 2**20 * 5 // 8)
 
     def _read_item(self, step: int) -> dict[str, Any]:
         """Reads and checks the metadata of one checkpoint; raises Damaged."""
@@ -203,7 +209,7 @@ class Checkpoints(Generic[T]):
                 wanted = ocp.args.Composite(meta=ocp.args.JsonRestore())
                 item = reader.restore(self.directory / str(step), wanted)["meta"]
                 own = item.pop("own_sha256")
-                intact = own == _digest_json(item)
+                intact = own == digest_json(item)
             except Exception as error:  # Orbax, TensorStore and JSON have no common exception
                 raise Damaged(f"its metadata cannot be read, {_line(error)}") from error
         if not intact:
@@ -214,18 +220,25 @@ class Checkpoints(Generic[T]):
         """Reads and checks one checkpoint; raises Damaged, or ValueError if it does not fit `like`."""
         item = self._read_item(step)
         _compare(step, item["arrays"], _describe(like))
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
+        # NumPy arrays: those of JAX would have to lie on the devices that they were saved from.
+        host = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), like)
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler("state")) as reader:
             try:
-                wanted = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
+                wanted = ocp.args.Composite(state=ocp.args.StandardRestore(host))
                 state = reader.restore(self.directory / str(step), wanted)["state"]
             except Exception as error:
                 raise Damaged(f"its arrays cannot be read, {_line(error)}") from error
-        if _digest(state) != item["sha256"]:
+        kind = "sha256" if "sha256" in item else "sums"
+        if digest(kind, state) != item[kind]:
             raise Damaged("its arrays do not match their digest")
         return jax.tree.map(jnp.asarray, state), item
 
     def _move_aside(self, step: int) -> None:
+        if processes.is_main():
+            self._rename(step)
+        processes.meet("moved aside")
+
+    def _rename(self, step: int) -> None:
         folder = self.directory.parent / "damaged"
         folder.mkdir(exist_ok=True)
         number, target = 1, folder / str(step)
@@ -255,13 +268,8 @@ class _LatestAndBest(preservation_policy.PreservationPolicy):
         return [info.step in newest or info.step == best for info in checkpoints]
 
 
-def _leaves(tree: Any) -> list[tuple[str, Any]]:
-    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in paths]
-
-
 def _describe(tree: Any) -> dict[str, list]:
-    return {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in _leaves(tree)}
+    return {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in leaves(tree)}
 
 
 def _compare(step: int, saved: dict[str, list], wanted: dict[str, list]) -> None:
@@ -272,18 +280,6 @@ def _compare(step: int, saved: dict[str, list], wanted: dict[str, list]) -> None
                 f"checkpoint {step} has {name} as {old}, this model as {new}; run with the configuration that it was "
                 "saved with, or choose another --workdir"
             )
-
-
-def _digest(tree: Any) -> str:
-    """SHA-256 over the bytes of every array; names, shapes and dtypes are covered by the metadata's own."""
-    digest = hashlib.sha256()
-    for _, leaf in _leaves(tree):
-        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def _digest_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _line(error: BaseException) -> str:

@@ -9,8 +9,10 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,10 +21,13 @@ from typing import Any, NoReturn, TypeVar
 import jax
 import tyro
 
+from hyperjax.training import processes
+from hyperjax.training.mesh import Devices, Layout
 from hyperjax.training.metrics import write_json
 
 Config = TypeVar("Config")
 PACKAGE = Path(__file__).resolve().parents[1]
+WHERE = {field.name for field in dataclasses.fields(Devices)}  # where a run runs, which may change when it resumes
 
 
 def fail(message: object) -> NoReturn:
@@ -112,26 +117,39 @@ def parse(
 class Workdir:
     """A run's folder: one process at a time, one configuration for life.
 
-    Making the object only reads; `open` creates, locks and writes.
+    Making the object only reads; `open` creates, locks and writes. Of a run's several processes the first does so; the
+    others write to a scratch folder that `close` removes.
 
     Args:
         path: the folder; need not exist.
         config: the run's configuration.
         free: fields that may differ when a run resumes; they do not change its results.
+        layout: how the run is laid out over devices; see `lay_out`.
 
     Raises:
         ValueError: the folder holds a run with another configuration, or one that cannot be read.
 
     Attributes:
-        path: the folder.
+        path: the folder; after `open`, a scratch folder in all but the first of several processes.
+        shared: the folder itself in all of them, where they keep their checkpoints together.
         summary: the summary of the finished run in it, or None.
     """
 
-    def __init__(self, path: str | os.PathLike, config: Any, free: Sequence[str] = ("workdir", "data_dir")):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        config: Any,
+        free: Sequence[str] = ("workdir", "data_dir"),
+        layout: Layout | None = None,
+    ):
+        self.layout = layout
         self.path = Path(path).expanduser()
-        self.config = {name: value for name, value in dataclasses.asdict(config).items() if name != "workdir"}
+        self.shared = self.path
+        left_out = {"workdir", *WHERE} - {"mesh"}
+        self.config = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
         self.fields = dataclasses.fields(config)
-        self.free = free
+        self.free = {*free, *WHERE}
+        self._scratch: str | None = None
         self._lock: Any = None
         self._compare()
         summary = self.path / "summary.json"
@@ -143,8 +161,29 @@ class Workdir:
         The lock is the kernel's, and goes when its process goes: a killed run leaves none behind.
 
         Raises:
-            ValueError: the folder cannot be written, or another process is using it.
+            ValueError: the folder cannot be written, or another run is using it.
         """
+        problem: ValueError | None = None
+        try:
+            if processes.is_main():
+                self._claim()
+        except ValueError as error:
+            problem = error
+        (failed,) = processes.agree(int(problem is not None))
+        if problem is not None:
+            raise problem
+        if failed:
+            raise ValueError(f"process 0 cannot use {self.path}; see what it says")
+        if not processes.is_main():
+            self._scratch = tempfile.mkdtemp()
+            shutil.copytree(
+                self.shared, self._scratch, ignore=shutil.ignore_patterns("checkpoints", "damaged"), dirs_exist_ok=True
+            )
+            self.path = Path(self._scratch)
+        processes.meet("workdir")
+        return self
+
+    def _claim(self) -> None:
         lock = self.path / ".lock"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -169,10 +208,11 @@ class Workdir:
         self._compare()  # the process that held the lock a moment ago may have started another run
         if not os.path.exists(self.path / "config.json"):
             write_json(self.path / "config.json", self.config)
-        return self
 
     def close(self) -> None:
         """Releases the lock."""
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -191,7 +231,7 @@ class Workdir:
     def _compare(self) -> None:
         path = self.path / "config.json"
         if not os.path.exists(path):  # unlike Path.exists, this raises for no path at all
-            if os.path.exists(self.path / "checkpoints"):
+            if os.path.exists(self.shared / "checkpoints"):
                 raise ValueError(f"{self.path} holds checkpoints but no config.json; choose another --workdir")
             return
         added = {field.name: field.default for field in self.fields if field.default is not dataclasses.MISSING}
@@ -248,12 +288,14 @@ def count(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def device() -> str:
-    """Names the accelerators that JAX sees, and the CPU cores."""
+def device(layout: Layout | None = None) -> str:
+    """Names the accelerators that JAX sees, the CPU cores, and how a run is laid out over them."""
     devices = jax.devices()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     host = f"{cores} CPU core{'' if cores == 1 else 's'}"
-    return host if devices[0].platform == "cpu" else f"{len(devices)} x {devices[0].device_kind}, {host}"
+    if devices[0].platform != "cpu" or layout is not None:
+        host = f"{len(devices)} x {devices[0].device_kind}, {host}"
+    return host if layout is None else f"{host}; mesh {layout}, {jax.process_count()} process(es)"
 
 
 def git_commit(folder: Path) -> str | None:

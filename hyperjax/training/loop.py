@@ -14,7 +14,9 @@ import jax
 import numpy as np
 import tqdm
 
+from hyperjax.training import processes
 from hyperjax.training.checkpoint import Checkpoints
+from hyperjax.training.mesh import Layout
 from hyperjax.training.metrics import JsonLines
 from hyperjax.training.state import TrainState
 
@@ -63,7 +65,7 @@ def seconds(resumed: dict[str, Any], started: float) -> float:
 def fit(
     state: TrainState,
     step: Callable[..., tuple[TrainState, dict[str, Array]]],
-    batch_at: Callable[[int], Any],
+    batch_at: Callable[..., Any],
     key: Array,
     *,
     steps: int,
@@ -81,6 +83,7 @@ def fit(
     resumed: dict[str, Any] | None = None,
     started: float | None = None,
     save_minutes: float = 5.0,
+    layout: Layout | None = None,
 ) -> TrainState:
     """Trains until `steps` updates are made.
 
@@ -92,7 +95,8 @@ def fit(
     Args:
         state: where to start, new or restored; its buffers are donated.
         step: as `make_step` builds it, or `make_steps` for `per_call` above 1; its metrics hold `loss` and `grad_norm`.
-        batch_at: step number -> batch, a function of the number alone, so that it needs no state of its own.
+        batch_at: step number -> batch, a function of the number alone, so that it needs no state of its own. With a
+            `layout` it takes a slice too, and reads only those rows of the batch.
         key: PRNG key of the run.
         steps: number of updates, those before `state` included.
         per_call: how many updates a call of `step` makes. Calls end at multiples of it, so a resumed run makes those of
@@ -107,9 +111,11 @@ def fit(
         resumed: the `meta` of the checkpoint that `state` comes from.
         started: `time.perf_counter()` when the clock of this process began; now by default.
         save_minutes: longest time between two checkpoints.
+        layout: how state and batches lie on several devices; None for one. `validate` gets a state on one device, and
+            runs in every process. Several processes hear signals, and save by the clock, when they log.
 
     Returns:
-        The last state.
+        The last state, on one device.
 
     Raises:
         NonFinite: a loss, gradient norm or validation value is NaN or infinite.
@@ -124,6 +130,10 @@ def fit(
     saved = at  # the newest step that a checkpoint holds
     unread: dict[str, Array] | None = None  # metrics of the newest step, still being computed
     timer = _Timer()
+    local: Callable[[TrainState], TrainState] = (lambda state: state) if layout is None else layout.local
+    state = state if layout is None else layout.place(state)
+    several = processes.several()
+    in_turn = several and jax.default_backend() == "cpu"  # where two collectives at once block each other
 
     def read(last_step: int) -> None:
         nonlocal unread
@@ -149,12 +159,17 @@ def fit(
     with _signals() as received, _bar(steps, at, unit) as bar:
         while at < steps:
             count = min(per_call - at % per_call, steps - at)
-            state, new = step(state, batch_at(at), key, *((count,) if per_call > 1 else ()))
+            batch = batch_at(at) if layout is None else layout.join(batch_at(at, layout.rows))
+            state, new = step(state, batch, key, *((count,) if per_call > 1 else ()))
+            if in_turn:
+                jax.block_until_ready((state, new))
             read(at)  # one call behind, so that the device never waits for Python
             unread, at = new, at + count
             log, evaluate = at % log_every == 0 or at == steps, at % eval_every == 0 or at == steps
-            save_now = time.perf_counter() - timer.saved > 60 * save_minutes
-            stop = received[0] if received else None  # looked at once: a signal may come at any moment
+            save_now: int = time.perf_counter() - timer.saved > 60 * save_minutes
+            stop = received[0] if received else 0  # looked at once: a signal may come at any moment
+            if several:
+                save_now, stop = processes.agree(save_now, stop) if log or evaluate else (False, 0)
             if log or evaluate or save_now or stop:
                 read(at)
             timer.tick(count)
@@ -171,7 +186,7 @@ def fit(
                 bar.set_postfix({**shown, **({} if speed is None else {f"{unit}/s": f"{speed:,.0f}"})}, refresh=False)
             if evaluate:
                 timer.pause()
-                values = validate(state)
+                values = validate(local(state))
                 for name, value in values.items():
                     _check(name, value, at, checkpoints)
                 metrics.write(at, **values)
@@ -184,9 +199,10 @@ def fit(
     if saved < at:
         save()
     checkpoints.wait()
-    if received:  # in the last step or validation: what the caller does next would not hear of it
-        _interrupt(received[0], at, steps, checkpoints)
-    return state
+    (stop,) = processes.agree(received[0] if received else 0)
+    if stop:  # in the last step or validation: what the caller does next would not hear of it
+        _interrupt(stop, at, steps, checkpoints)
+    return local(state)
 
 
 def _check_calls(per_call: int, **intervals: int) -> None:
@@ -245,7 +261,13 @@ def _check(name: str, value: float, step: int, checkpoints: Checkpoints) -> None
 def _bar(steps: int, at: int, unit: str) -> Any:
     live = sys.stderr.isatty()
     return tqdm.tqdm(
-        total=steps, initial=at, unit="step", dynamic_ncols=live, mininterval=0.2 if live else 15.0, smoothing=0.1
+        total=steps,
+        initial=at,
+        unit="step",
+        dynamic_ncols=live,
+        mininterval=0.2 if live else 15.0,
+        smoothing=0.1,
+        disable=not processes.is_main(),
     )
 
 

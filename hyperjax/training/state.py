@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Optional
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+
+if TYPE_CHECKING:
+    from hyperjax.training.mesh import Layout
 
 Array = jax.Array
 LossFn = Callable[[Any, Any, Any, Array], tuple[Array, tuple[Any, dict[str, Array]]]]
@@ -36,36 +39,40 @@ class TrainState:
 
 
 def make_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, layout: Optional["Layout"] = None
 ) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
     """Builds the training step: one jitted function that donates its state.
 
     Args:
         loss_fn: (params, carry, batch, key) -> (scalar loss, (new carry, dict of scalar metrics)).
         optimizer: an optax transformation.
+        layout: how state and batch lie on several devices; None for one.
 
     Returns:
         step(state, batch, key) -> (new state, metrics). `key` is the run's key: the step folds its own number into
         it, so that a resumed run draws what it would have drawn. The metrics gain `loss` and `grad_norm` (before
         clipping); if both are finite, so are the new parameters.
     """
-    return jax.jit(_one_step(loss_fn, optimizer), donate_argnums=0)
+    return jax.jit(_one_step(loss_fn, optimizer, layout), donate_argnums=0)
 
 
 def make_steps(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, batch_at: Callable[[Any, Array], Any]
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    batch_at: Callable[[Any, Array], Any],
+    layout: Optional["Layout"] = None,
 ) -> Callable[[TrainState, Any, Array, int], tuple[TrainState, dict[str, Array]]]:
     """Builds a function that makes several training steps on the device, without the host.
 
     Args:
-        loss_fn, optimizer: as in `make_step`.
+        loss_fn, optimizer, layout: as in `make_step`.
         batch_at: (data, step number, a traced int32) -> batch; for example `hyperjax.data.window_at`.
 
     Returns:
         steps(state, data, key, count) -> (state after `count` steps, metrics [count]). It compiles once per
         `count`, donates the state and draws what `make_step` would draw, to rounding.
     """
-    one = _one_step(loss_fn, optimizer)
+    one = _one_step(loss_fn, optimizer, layout)
 
     @partial(jax.jit, static_argnums=3, donate_argnums=0)
     def steps(state, data, key, count):
@@ -74,9 +81,18 @@ def make_steps(
     return steps
 
 
-def _one_step(loss_fn: LossFn, optimizer: optax.GradientTransformation):
+def _one_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, layout: Optional["Layout"]):
+    def loss_of(params: Any, carry: Any, batch: Any, key: Array) -> tuple[Array, tuple[Any, dict[str, Array]]]:
+        return loss_fn(params if layout is None else layout.gather(params), carry, batch, key)
+
     def step(state: TrainState, batch: Any, key: Array) -> tuple[TrainState, dict[str, Array]]:
-        gradient = jax.value_and_grad(loss_fn, has_aux=True)
+        if layout is None:
+            return update(state, batch, key)
+        with jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh):  # so that modules know of it
+            return layout.pin(*update(state, batch, key))
+
+    def update(state: TrainState, batch: Any, key: Array) -> tuple[TrainState, dict[str, Array]]:
+        gradient = jax.value_and_grad(loss_of, has_aux=True)
         step_key = jax.random.fold_in(key, state.step)
         (loss, (carry, metrics)), grads = gradient(state.params, state.carry, batch, step_key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
