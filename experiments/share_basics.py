@@ -113,7 +113,7 @@ def start(case: Case, seed: int) -> Any:
 
 
 def fit(
-    config: Config, case: Case, variant: str, seed: int, name: str, layout: training.Layout | None
+    config: Config, case: Case, variant: str, seed: int, name: str, layout: training.Layout | None = None
 ) -> tuple[Tied, Any]:
     """Trains a network from its seed, and the one before it if there is one: the network and its parameters."""
     before, label = case.variants[variant].after, f"{name} {variant} seed {seed}"

@@ -1,5 +1,6 @@
 """Devices in a mesh: the same numbers on 1 and 8 devices, in 1, 2 and 4 processes; what is split, what is refused."""
 
+import contextlib
 import json
 import os
 import socket
@@ -23,8 +24,8 @@ CASES = ("language_model", "hypernetwork", "snr", "transformer")
 WORKER = Path(__file__).with_name("mesh_worker.py")
 
 
-def start(folder, steps, devices, *options):
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+def start(folder, steps, devices, *options, variables=()):
+    environment = {**os.environ, **dict(variables), "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     environment |= {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled")}
     environment |= {"JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, WORKER, folder, str(steps), *options]
@@ -32,12 +33,26 @@ def start(folder, steps, devices, *options):
 
 
 def together(folder, steps, devices, mesh, number):
-    """Runs the worker in several processes that find each other on a free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = ("--mesh", mesh, "--coordinator", f"127.0.0.1:{port}", "--num-processes", str(number))
+    """Runs the worker in several processes that are told where to find each other."""
+    shared = ("--mesh", mesh, "--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", str(number))
     finish([start(folder, steps, devices, *shared, "--process-id", str(n)) for n in range(number)])
+
+
+def as_slurm(folder, steps, devices, mesh, number):
+    """Runs the worker in several processes that SLURM's variables tell of each other, as srun sets them."""
+    port = free_port(range(61440, 65536))  # JAX makes it from the job's number
+    variables = {"SLURM_JOB_ID": str(port - 61440), "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1"}
+    variables |= {"SLURM_NTASKS": str(number)}
+    own = [variables | dict.fromkeys(("SLURM_PROCID", "SLURM_LOCALID"), str(n)) for n in range(number)]
+    finish([start(folder, steps, devices, "--mesh", mesh, variables=each) for each in own])
+
+
+def free_port(among=(0,)):
+    for port in among:
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return free.getsockname()[1]
+    raise OSError(f"no port is free of {among}")
 
 
 def finish(processes):
@@ -57,7 +72,7 @@ def runs(tmp_path_factory):
     folders = {name: tmp_path_factory.mktemp(name) / "run" for name in ("one", "eight", "several")}
     finish([start(folders["one"], 6, 1), start(folders["eight"], 6, 8, "--mesh", "data=4,model=2")])
     together(folders["several"], 2, 1, "data=2,model=2", 4)
-    together(folders["several"], 4, 2, "data=4", 2)
+    as_slurm(folders["several"], 4, 2, "data=4", 2)
     finish([start(folders["several"], 6, 1)])
     return folders
 
