@@ -54,7 +54,7 @@ def test_only_one_network_is_exported():
     hyper, variables, inputs = conv()
     with pytest.raises(ValueError, match="one network"):
         export(hyper, variables, inputs, task_id=jnp.arange(3))
-    with pytest.raises(ValueError, match="expected one leading axis"):
+    with pytest.raises(ValueError, match="3 and 2 along batch, expected one length"):
         export(hyper, variables, inputs, x(2, 1), task_id=0)
 
 

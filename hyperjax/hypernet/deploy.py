@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import export as jax_export
 
+from hyperjax import serving
 from hyperjax.hypernet.network import HyperNetwork
 
 Array = jax.Array
@@ -19,7 +19,7 @@ def export(
     task_id: int | None = None,
     z: Array | None = None,
     condition: Any = None,
-    platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
+    platforms: Sequence[str] = serving.PLATFORMS,
     any_batch: bool = True,
     **keywords: Any,
 ) -> bytes:
@@ -41,16 +41,9 @@ def export(
         The bytes of `jax.export.Exported.serialize`.
 
     Raises:
-        ValueError: more than one network is asked for, or inputs without a common leading axis.
+        ValueError: more than one network is asked for, inputs without a common leading axis, or an unknown platform.
     """
-    arrays = [jnp.asarray(x) for x in inputs]
     network = hyper.specialize(variables, task_id=task_id, z=z, condition=condition)
-    shapes: list[Any] = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
-    if any_batch:
-        if len({x.shape[:1] for x in arrays}) != 1 or not arrays[0].ndim:
-            listed = ", ".join(str(x.shape) for x in arrays)
-            raise ValueError(f"inputs have shapes {listed}, expected one leading axis; or pass any_batch=False")
-        (size,) = jax_export.symbolic_shape("batch")
-        shapes = [jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for x in arrays]
-    run = jax.jit(lambda *inputs: network(*inputs, **keywords))
-    return bytes(jax_export.export(run, platforms=tuple(platforms))(*shapes).serialize())
+    arrays = [jnp.asarray(x) for x in inputs]
+    free = ("batch",) if any_batch else ()
+    return serving.export(lambda *inputs: network(*inputs, **keywords), *arrays, free=free, platforms=platforms)
