@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command line's arguments; by default those of the process.
 
     Returns:
-        The exit status; 2 for bad input, 1 for a loss that is not finite, 130 or 143 for a run that was interrupted.
+        The exit status; 2 for bad input, 1 for a loss that is not finite or a full disk, 130 for Ctrl-C.
     """
     started = time.perf_counter()
     config = training.parse(defaults, argv=argv, description=__doc__, prog="char_lm.py")

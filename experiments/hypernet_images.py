@@ -283,7 +283,7 @@ def describe(config: Config, data: Images, counts: Mapping[str, int], made: str,
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the experiment with these arguments, by default those of the process.
 
-    Returns 0, or exits: 2 for bad input, 1 for a loss that is not finite, 130 or 143 for a run that was interrupted.
+    Returns 0, or exits: 2 for bad input, 1 for a loss that is not finite or a full disk, 130 for Ctrl-C.
     """
     started = time.perf_counter()
     config = training.parse(defaults, argv=argv, description=__doc__, prog="hypernet_images.py")

@@ -3,6 +3,10 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +53,7 @@ def run(folder, batches=batch_at, validate=None, steps=STEPS, step=STEP, **optio
     checkpoints = Checkpoints(folder / "checkpoints")
     restored = checkpoints.restore(state)
     state, resumed = restored if restored else (state, {})
-    at = int(state.step)
+    at = resumed.get("step", 0)
     with checkpoints, JsonLines(folder / "m", at) as metrics, JsonLines(folder / "t", at) as timings:
         state = fit(
             state,
@@ -199,7 +203,7 @@ def test_a_signal_saves_and_the_run_resumes_there(uninterrupted, tmp_path, numbe
 
     with pytest.raises(SystemExit) as stop, stopping():
         run(tmp_path, batches)
-    assert stop.value.code == 128 + number
+    assert stop.value.code == (0 if number == signal.SIGTERM else 130)
     printed = capsys.readouterr().err
     assert f"{number.name}: saved step 7 of 23" in printed
     assert "to resume: python " in printed
@@ -221,6 +225,67 @@ def test_a_signal_in_the_last_step_is_heard_too(uninterrupted, tmp_path, capsys)
     assert stop.value.code == 130
     assert f"saved step {STEPS} of {STEPS}" in capsys.readouterr().err
     assert run(tmp_path)[0] == uninterrupted[0]
+
+
+@pytest.mark.parametrize("at", [10, 20, STEPS])  # 20 is also the step of a line of metrics, the last is both
+def test_a_signal_ends_a_validation_and_resuming_makes_it_again(uninterrupted, tmp_path, at, capsys):
+    def validate(state):
+        if int(state.step) == at and not (tmp_path / "stopped").exists():
+            (tmp_path / "stopped").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)  # a long validation
+        return {"valid_bpc": float(state.params["w"].sum())}
+
+    began = time.perf_counter()
+    with pytest.raises(SystemExit) as stop, stopping():
+        run(tmp_path, validate=validate)
+    assert time.perf_counter() - began < 30
+    assert stop.value.code == 0
+    assert f"SIGTERM: saved step {at} of {STEPS}" in capsys.readouterr().err
+    assert Checkpoints(tmp_path / "checkpoints").steps()[-1] == at
+
+    def batches(step):
+        if step == at:
+            raise RuntimeError("crash")
+        return batch_at(step)
+
+    if at < STEPS:  # resumed twice: killed after the validation that it makes first, before another checkpoint
+        with pytest.raises(RuntimeError, match="crash"):
+            run(tmp_path, batches)
+    lines, state = run(tmp_path)
+    assert lines == uninterrupted[0]
+    np.testing.assert_array_equal(state.params["w"], uninterrupted[1].params["w"])
+    best = Checkpoints(tmp_path / "checkpoints")
+    best.restore(state)
+    values = {row["step"]: row["valid_bpc"] for row in read_lines(tmp_path / "m") if "valid_bpc" in row}
+    assert best.best == min(values.items(), key=lambda item: item[1])  # also that of a checkpoint valued afterwards
+
+
+def test_a_second_signal_acts_at_once(tmp_path):
+    code = (
+        "import os, signal, sys, time, test_loop as t\n"
+        "def batches(step):\n"
+        "    if step == 3:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(0.1)\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return t.batch_at(step)\n"
+        "with t.stopping():\n"
+        "    t.run(t.Path(sys.argv[1]), batches)\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
+    environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGTERM
+
+
+def test_sigterm_outside_of_the_loop_exits_with_0_and_says_how_to_resume(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop, stopping():
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.value.code == 0
+    assert "to resume: python " in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_signal_between_checkpoints_still_says_how_to_resume(capsys):

@@ -1,6 +1,6 @@
 """What every experiment shares: the step, the loop, checkpoints, metrics and the command line."""
 
-from hyperjax.training.checkpoint import Checkpoints
+from hyperjax.training.checkpoint import Checkpoints, NotSaved
 from hyperjax.training.evaluation import Evaluation, make_evaluate
 from hyperjax.training.experiment import Workdir, bad_input, count, device, environment, parse, print_summary, say
 from hyperjax.training.loop import Interrupted, NonFinite, fit, seconds, stopping
@@ -15,6 +15,7 @@ __all__ = [
     "Interrupted",
     "JsonLines",
     "NonFinite",
+    "NotSaved",
     "TrainState",
     "Trials",
     "Workdir",

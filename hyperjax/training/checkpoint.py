@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from hyperjax.training.metrics import write_text
 
 T = TypeVar("T")
 
@@ -53,11 +55,10 @@ class Checkpoints(Generic[T]):
         self.wait()
         if not self.directory.is_dir():
             return []
-        found = {int(path.name) for path in self.directory.iterdir() if path.is_dir() and path.name.isdecimal()}
-        return sorted(found - set(self._damaged))
+        return sorted(self._found() - set(self._damaged))
 
     def save(self, step: int, state: T, meta: dict[str, Any], value: float | None = None) -> None:
-        """Saves a state in the background; a step that is already saved is left alone.
+        """Saves a state in the background; a step that is already saved is left alone, but for a `value` found since.
 
         Args:
             step: number of updates behind the state, larger than any saved before.
@@ -67,24 +68,27 @@ class Checkpoints(Generic[T]):
 
         Raises:
             ValueError: a newer checkpoint exists, which Orbax would silently keep instead of this one.
+            NotSaved: this one, or the one before, cannot be written.
         """
         while self._damaged:
             self._move_aside(self._damaged.pop())
         saved = self.steps()
         if step in saved:
+            if value is not None:
+                self._evaluate(step, meta, value)
             return
         if saved and step < saved[-1]:
             raise ValueError(f"step {step} is older than checkpoint {saved[-1]} in {self.directory}; restore it first")
-        if value is not None and (self.best is None or value < self.best[1]):
-            self.best = (step, value)
+        self._note_best(step, value)
         # A copy: on CPU, NumPy shares memory with a buffer that the next step, which donates it, overwrites.
         host = jax.tree.map(lambda x: np.array(x), state)
         body = {"meta": meta, "best": self.best, "arrays": _describe(host), "sha256": _digest(host)}
         body = json.loads(json.dumps(body))  # a copy of its own: it is written while the caller goes on
         item = {**body, "own_sha256": _digest_json(body)}
         args = ocp.args.Composite(state=self._save_args(host), meta=ocp.args.JsonSave(item))
-        if not self._open().save(step, args=args, force=True):
-            raise RuntimeError(f"Orbax refused to save step {step} in {self.directory}")
+        with self._writing():
+            if not self._open().save(step, args=args, force=True):
+                raise RuntimeError(f"Orbax refused to save step {step} in {self.directory}")
 
     def restore(self, like: T) -> tuple[T, dict[str, Any]] | None:
         """Restores the newest checkpoint that is whole.
@@ -165,21 +169,52 @@ class Checkpoints(Generic[T]):
             ) from error
 
     def wait(self) -> None:
-        """Returns when everything saved is on disk; raises what went wrong in the background."""
+        """Returns when everything saved is on disk; raises NotSaved if anything went wrong in the background."""
         if self._manager is not None:
-            self._manager.wait_until_finished()
+            with self._writing():
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, and releases the threads."""
-        if self._manager is not None:
-            self._manager.close()
-            self._manager = None
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            with self._writing():
+                manager.close()
 
     def __enter__(self) -> "Checkpoints[T]":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _found(self) -> set[int]:
+        """Steps of the finished checkpoints on disk, those included that a save in the background has finished."""
+        if not self.directory.is_dir():
+            return set()
+        names = [path.name for path in self.directory.iterdir() if path.is_dir() and path.name.isdecimal()]
+        return {int(name) for name in names if name == str(int(name))}
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns what Orbax and TensorStore raise, which has no common class, into NotSaved."""
+        try:
+            yield
+        except Exception as error:
+            found = self._found() - set(self._damaged)
+            last = f"the last good one is step {max(found):,}" if found else "there is none before it"
+            raise NotSaved(f"cannot write a checkpoint in {self.directory} ({_line(error)}); {last}") from error
+
+    def _note_best(self, step: int, value: float | None) -> None:
+        if value is not None and (self.best is None or value < self.best[1]):
+            self.best = (step, value)
+
+    def _evaluate(self, step: int, meta: dict[str, Any], value: float) -> None:
+        """Gives a checkpoint that was saved without a value its value and new `meta`, in one replacement of a file."""
+        self._note_best(step, value)
+        body = json.loads(json.dumps({**self._read_item(step), "meta": meta, "best": self.best}))
+        write_text(
+            self.directory / str(step) / "meta" / "metadata", json.dumps({**body, "own_sha256": _digest_json(body)})
+        )
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
@@ -232,6 +267,10 @@ class Checkpoints(Generic[T]):
         while target.exists():
             number, target = number + 1, folder / f"{step}-{number + 1}"
         (self.directory / str(step)).rename(target)
+
+
+class NotSaved(OSError):
+    """A checkpoint cannot be written; the message says why and which one is the last good one."""
 
 
 class Damaged(Exception):

@@ -1,6 +1,7 @@
 """The training loop: steps, a progress bar, validation, checkpoints, and clean ways to stop."""
 
 import contextlib
+import errno
 import math
 import shlex
 import signal
@@ -14,12 +15,14 @@ import jax
 import numpy as np
 import tqdm
 
-from hyperjax.training.checkpoint import Checkpoints
+from hyperjax.training.checkpoint import Checkpoints, NotSaved
 from hyperjax.training.metrics import JsonLines
 from hyperjax.training.state import TrainState
 
 Array = jax.Array
 NON_FINITE_EXIT = 1
+NOT_WRITTEN_EXIT = 1
+NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
 
 
 class NonFinite(Exception):
@@ -30,7 +33,7 @@ class Interrupted(Exception):
     """The run was asked to stop, and saved.
 
     Attributes:
-        code: exit status, 128 + the signal's number.
+        code: exit status: 0 for SIGTERM, which is how a machine is taken away, and 130 for SIGINT.
     """
 
     def __init__(self, message: str, code: int):
@@ -38,21 +41,56 @@ class Interrupted(Exception):
         self.code = code
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM; whatever lets KeyboardInterrupt through lets this through."""
+
+
 @contextlib.contextmanager
 def stopping() -> Iterator[None]:
-    """Turns `Interrupted` and `NonFinite` into their message and an exit status: 130, 143, or 1."""
+    """Turns what stops a run into a line, the command that resumes it, and an exit status.
+
+    0 after SIGTERM, 130 after Ctrl-C, 1 for `NonFinite` and where the disk is full or cannot be written.
+    """
     resume = f"to resume: {shlex.join(['python', *sys.argv])}"
-    try:
-        yield
-    except Interrupted as error:
-        print(f"\n{error}\n{resume}", file=sys.stderr)
-        raise SystemExit(error.code) from None
-    except KeyboardInterrupt:
-        print(f"\nstopped between two checkpoints\n{resume}", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGINT) from None
-    except NonFinite as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        raise SystemExit(NON_FINITE_EXIT) from None
+    with contextlib.ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _terminate))
+        try:
+            yield
+        except Interrupted as error:
+            _leave(error.code, f"{error}\n{resume}")
+        except KeyboardInterrupt as error:
+            code = 0 if isinstance(error, Terminated) else 128 + signal.SIGINT
+            _leave(code, f"stopped between two checkpoints\n{resume}")
+        except NonFinite as error:
+            _leave(NON_FINITE_EXIT, f"error: {error}")
+        except OSError as error:
+            first = _first_not_saved(error)
+            if isinstance(first, NotSaved):
+                what = str(first)
+            elif first.errno in NOT_WRITTEN:
+                what = f"cannot write {first.filename or 'a file of the run'} ({first.strerror})"
+            else:
+                raise
+            _leave(NOT_WRITTEN_EXIT, f"error: {what}; make room, or make it writable, and go on\n{resume}")
+
+
+def _leave(code: int, text: str) -> NoReturn:
+    print(f"\n{text}", file=sys.stderr)
+    raise SystemExit(code) from None
+
+
+def _terminate(_number: int, _frame: Any) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the next one acts at once
+    raise Terminated
+
+
+def _first_not_saved(error: BaseException) -> Any:
+    """The `NotSaved` behind an error, or the error: closing files on a full disk fails again, in other words."""
+    each: BaseException | None = error
+    while each is not None and not isinstance(each, NotSaved):
+        each = each.__context__
+    return error if each is None else each
 
 
 def seconds(resumed: dict[str, Any], started: float) -> float:
@@ -81,13 +119,17 @@ def fit(
     resumed: dict[str, Any] | None = None,
     started: float | None = None,
     save_minutes: float = 5.0,
+    max_skipped: int = 10,
 ) -> TrainState:
     """Trains until `steps` updates are made.
 
     A checkpoint is written after each validation, every `save_minutes`, on SIGINT and SIGTERM, and at the end; never
     of a state that came out of a step whose loss or gradient was not finite. `metrics` gets what a rerun repeats to
     the bit, wherever it was interrupted: the mean of each step's metrics every `log_every` steps, and what `validate`
-    returns. `timings` gets the clock.
+    returns. `timings` gets the clock. A signal ends a validation, too: resuming makes it again.
+
+    Where `step` skips updates that are not finite, each is a line of `metrics` (`skipped`: why), is left out of the
+    means, and counts towards `max_skipped`.
 
     Args:
         state: where to start, new or restored; its buffers are donated.
@@ -107,12 +149,15 @@ def fit(
         resumed: the `meta` of the checkpoint that `state` comes from.
         started: `time.perf_counter()` when the clock of this process began; now by default.
         save_minutes: longest time between two checkpoints.
+        max_skipped: how many updates of the whole run may be skipped.
 
     Returns:
         The last state.
 
     Raises:
-        NonFinite: a loss, gradient norm or validation value is NaN or infinite.
+        NonFinite: a loss, gradient norm or validation value is NaN or infinite; where `step` skips, more than
+            `max_skipped` of them.
+        NotSaved: a checkpoint could not be written.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
         ValueError: `per_call` is below 1, or does not divide `eval_every` and `log_every`.
     """
@@ -122,47 +167,61 @@ def fit(
     rows: list[dict[str, float]] = list(resumed.get("rows", ()))  # metrics of the steps since the last line
     at = int(state.step)
     saved = at  # the newest step that a checkpoint holds
+    skipped = int(resumed.get("skipped", 0))
+    due = int(resumed.get("step", at)) < at  # a signal ended the validation of this step
     unread: dict[str, Array] | None = None  # metrics of the newest step, still being computed
     timer = _Timer()
 
     def read(last_step: int) -> None:
-        nonlocal unread
+        nonlocal unread, skipped
         if unread is not None:
             columns = {name: np.asarray(value).reshape(-1).tolist() for name, value in unread.items()}
             unread = None
             new = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             for n, row in enumerate(new, last_step - len(new) + 1):
+                if row.pop("skipped", 0):
+                    skipped += 1
+                    why = ", ".join(f"{name} is {row[name]}" for name in ("loss", "grad_norm") if _bad(row[name]))
+                    if skipped > max_skipped:
+                        raise NonFinite(_not_finite(f"{why} at step {n:,}, after {skipped - 1} skipped", checkpoints))
+                    metrics.write(n, skipped=why)
+                    bar.write(f"step {n:,}: {why}: update skipped, {skipped} of at most {max_skipped}")
+                    continue
                 for name in ("loss", "grad_norm"):
                     _check(name, row[name], n, checkpoints)
-            rows.extend(new)
+                rows.append(row)
 
-    def save(value: float | None = None) -> None:
+    def save(value: float | None = None, **instead: Any) -> None:
         nonlocal saved
         timer.pause()
         for lines in (metrics, timings):
             lines.sync()
-        own = {"step": at, "rows": list(rows), "seconds": seconds(resumed, started)}
-        checkpoints.save(at, state, {**(meta or {}), **own}, value)
+        own = {"step": at, "rows": list(rows), "seconds": seconds(resumed, started), "skipped": skipped}
+        checkpoints.save(at, state, {**(meta or {}), **own, **instead}, value)
         saved = at
         timer.saved = time.perf_counter()
 
     with _signals() as received, _bar(steps, at, unit) as bar:
-        while at < steps:
-            count = min(per_call - at % per_call, steps - at)
-            state, new = step(state, batch_at(at), key, *((count,) if per_call > 1 else ()))
-            read(at)  # one call behind, so that the device never waits for Python
-            unread, at = new, at + count
+        while at < steps or due:
+            if not due:
+                count = min(per_call - at % per_call, steps - at)
+                state, new = step(state, batch_at(at), key, *((count,) if per_call > 1 else ()))
+                read(at)  # one call behind, so that the device never waits for Python
+                unread, at = new, at + count
+                timer.tick(count)
+                bar.update(count)
+            due = False
             log, evaluate = at % log_every == 0 or at == steps, at % eval_every == 0 or at == steps
             save_now = time.perf_counter() - timer.saved > 60 * save_minutes
             stop = received[0] if received else None  # looked at once: a signal may come at any moment
             if log or evaluate or save_now or stop:
                 read(at)
-            timer.tick(count)
-            bar.update(count)
+            before = list(rows)
             if log:
-                line = {name: math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]}
+                line = {name: math.fsum(row[name] for row in rows) / len(rows) for name in (rows or [{}])[0]}
                 rows.clear()
-                metrics.write(at, **line)
+                if line:
+                    metrics.write(at, **line)
                 speed = timer.lap(items)
                 timings.write(
                     at, seconds=seconds(resumed, started), **({} if speed is None else {f"{unit}_per_second": speed})
@@ -171,7 +230,10 @@ def fit(
                 bar.set_postfix({**shown, **({} if speed is None else {f"{unit}/s": f"{speed:,.0f}"})}, refresh=False)
             if evaluate:
                 timer.pause()
-                values = validate(state)
+                values = received.call(validate, state)
+                if values is None:  # as if its lines were not yet written: resuming writes them and validates
+                    save(step=at - 1, rows=before)
+                    _interrupt(received[0], at, steps, checkpoints)
                 for name, value in values.items():
                     _check(name, value, at, checkpoints)
                 metrics.write(at, **values)
@@ -201,7 +263,8 @@ def _check_calls(per_call: int, **intervals: int) -> None:
 def _interrupt(number: int, at: int, steps: int, checkpoints: Checkpoints) -> NoReturn:
     checkpoints.wait()
     name = signal.Signals(number).name
-    raise Interrupted(f"{name}: saved step {at:,} of {steps:,} in {checkpoints.directory}", 128 + number)
+    code = 0 if number == signal.SIGTERM else 128 + number
+    raise Interrupted(f"{name}: saved step {at:,} of {steps:,} in {checkpoints.directory}", code)
 
 
 class _Timer:
@@ -229,17 +292,20 @@ class _Timer:
 
 
 def _check(name: str, value: float, step: int, checkpoints: Checkpoints) -> None:
-    if not math.isfinite(value):
-        steps = checkpoints.steps()
-        good = (
-            f"the last good checkpoint is step {steps[-1]:,} in {checkpoints.directory}"
-            if steps
-            else ("no checkpoint was written before it")
-        )
-        raise NonFinite(
-            f"{name} is {value} at step {step:,}; {good}; in a new --workdir try a lower learning rate, a lower clip, "
-            "or float32"
-        )
+    if _bad(value):
+        raise NonFinite(_not_finite(f"{name} is {value} at step {step:,}", checkpoints))
+
+
+def _bad(value: float) -> bool:
+    return not math.isfinite(value)
+
+
+def _not_finite(what: str, checkpoints: Checkpoints) -> str:
+    steps = checkpoints.steps()
+    good = "no checkpoint was written before it"
+    if steps:
+        good = f"the last good checkpoint is step {steps[-1]:,} in {checkpoints.directory}"
+    return f"{what}; {good}; in a new --workdir try a lower learning rate, a lower clip, or float32"
 
 
 def _bar(steps: int, at: int, unit: str) -> Any:
@@ -249,10 +315,33 @@ def _bar(steps: int, at: int, unit: str) -> Any:
     )
 
 
+class _Received(list[int]):
+    """Signals received."""
+
+    inside = False
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Returns function(*arguments), or None if a signal has come before, or comes meanwhile and ends it."""
+        if self:
+            return None
+        try:
+            self.inside = True
+            result = function(*arguments)
+            self.inside = False
+            return result
+        except _Ended:
+            self.inside = False
+            return None
+
+
+class _Ended(KeyboardInterrupt):
+    """A signal came within `_Received.call`."""
+
+
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
+def _signals() -> Iterator[_Received]:
     """Collects SIGINT and SIGTERM instead of dying of them; a second one acts at once."""
-    received: list[int] = []
+    received = _Received()
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
@@ -260,9 +349,11 @@ def _signals() -> Iterator[list[int]]:
 
     def note(number: int, _frame: Any) -> None:
         received.append(number)
-        print("\nstopping when the step or validation now running is done; again to stop at once", file=sys.stderr)
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        print("\nstopping when the step now running is done; again to stop at once", file=sys.stderr)
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if received.inside:
+            raise _Ended
 
     for number in before:
         signal.signal(number, note)

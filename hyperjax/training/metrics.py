@@ -1,8 +1,10 @@
 """What a run writes down: JSON lines that survive a kill, a summary, and a picture of the curves."""
 
+import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ class JsonLines:
         step: the step that the run resumes from; 0 starts afresh.
 
     Raises:
-        ValueError: a line before the last is not a JSON object with a step.
+        ValueError: a line before the last is not a JSON object with a step, or the file cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike, step: int):
@@ -30,17 +32,31 @@ class JsonLines:
                 if row["step"] > step:
                     break
                 keep = end
-        self._file = self.path.open("ab")
-        self._file.truncate(keep if step else 0)
+        try:
+            self._file = self.path.open("ab", buffering=0)  # nothing is left to fail when it is closed
+            self._file.truncate(keep if step else 0)
+        except OSError as error:
+            raise ValueError(f"cannot write {self.path} ({error.strerror}); choose another --workdir") from error
 
     def write(self, step: int, **values: float | str) -> None:
         """Appends a line; NaN and infinity are refused with a ValueError."""
-        self._file.write((json.dumps({"step": step, **values}, allow_nan=False) + "\n").encode())
-        self._file.flush()
+        line = (json.dumps({"step": step, **values}, allow_nan=False) + "\n").encode()
+        with self._named():
+            while line:
+                line = line[self._file.write(line) :]
 
     def sync(self) -> None:
         """Returns once every line is on the disk, so that no checkpoint is ahead of its metrics."""
-        os.fsync(self._file.fileno())
+        with self._named():
+            os.fsync(self._file.fileno())
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Puts the file's name into an OSError."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def close(self) -> None:
         """Closes the file."""
