@@ -4,9 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
-import time
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -88,36 +85,6 @@ def test_several_steps_a_call_train_the_same(corpus_file, tmp_path):
     assert [row["step"] for row in one] == [row["step"] for row in ten] == [10, 20, 20, 30, 35, 35]
     for first, second in zip(one, ten, strict=True):
         assert first == pytest.approx(second, rel=1e-4)
-
-
-def kill_when(metrics, lines, arguments):
-    """Starts the script in a process of its own and kills it once its metrics have so many lines."""
-    with subprocess.Popen(
-        [sys.executable, str(SCRIPT), *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as process:
-        until = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < until:
-            if metrics.exists() and metrics.read_bytes().count(b"\n") >= lines:
-                break
-            time.sleep(0.002)
-        process.kill()
-        assert process.wait() == -9
-
-
-def test_a_run_killed_twice_resumes_to_the_same_metrics(finished, corpus_file, tmp_path, capsys):
-    arguments = [*TINY, f"--corpus={corpus_file}", f"--workdir={tmp_path}", "--save-minutes=0.0002"]
-    metrics = tmp_path / "metrics.jsonl"
-    for lines in (3, 20):
-        kill_when(metrics, lines, arguments)
-    assert not (tmp_path / "summary.json").exists()
-    with metrics.open("ab") as file:
-        file.write(b'{"step": 238, "lo')  # and a line torn in the middle
-    assert char_lm.main(arguments) == 0
-    assert "resuming after step" in capsys.readouterr().out
-    assert metrics.read_bytes() == (finished[0] / "metrics.jsonl").read_bytes()
 
 
 def test_evaluation_is_the_same_at_any_batch_size(corpus_file):
