@@ -15,6 +15,13 @@ jax.config.update("jax_disable_most_optimizations", True)
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # scripts that tests start must give the same numbers, to the bit
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Lets go of a module's compiled programs: thousands of them in one process exhaust its memory mappings."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def cheap_compilation(tmp_path_factory):
     """Compiles each program of a module's tests once: most of the time would go into that."""
