@@ -1,8 +1,10 @@
 """Checkpoints by Orbax, with a digest of our own: written in the background, checked to the byte when read."""
 
 import contextlib
+import errno
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -202,7 +204,11 @@ class Checkpoints(Generic[T]):
         except Exception as error:
             found = self._found() - set(self._damaged)
             last = f"the last good one is step {max(found):,}" if found else "there is none before it"
-            raise NotSaved(f"cannot write a checkpoint in {self.directory} ({_line(error)}); {last}") from error
+            reasons = [
+                os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+            ]
+            reason = next((reason for reason in reasons if reason in str(error)), _line(error))
+            raise NotSaved(f"cannot write a checkpoint in {self.directory} ({reason}); {last}") from error
 
     def _note_best(self, step: int, value: float | None) -> None:
         if value is not None and (self.best is None or value < self.best[1]):
@@ -218,6 +224,7 @@ class Checkpoints(Generic[T]):
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
+            logging.getLogger("absl").addFilter(_not_of_orbax)
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=_LatestAndBest(self), cleanup_tmp_directories=True, enable_async_checkpointing=True
             )
@@ -267,6 +274,11 @@ class Checkpoints(Generic[T]):
         while target.exists():
             number, target = number + 1, folder / f"{step}-{number + 1}"
         (self.directory / str(step)).rename(target)
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """False for errors that Orbax logs, with a traceback from each of its threads, before it raises them."""
+    return "orbax" not in record.pathname or record.levelno < logging.ERROR
 
 
 class NotSaved(OSError):

@@ -151,6 +151,20 @@ class Workdir:
             self._lock = lock.open("a+")
         except OSError as error:
             raise ValueError(f"cannot write in {self.path} ({error.strerror}); choose another --workdir") from error
+        self._claim(lock)
+        self._compare()  # the process that held the lock a moment ago may have started another run
+        try:
+            self._lock.truncate(0)
+            self._lock.write(str(os.getpid()))
+            self._lock.flush()
+            if not os.path.exists(self.path / "config.json"):
+                write_json(self.path / "config.json", self.config)
+        except OSError as error:
+            self.close()
+            raise ValueError(f"cannot write in {self.path} ({error.strerror}); choose another --workdir") from error
+        return self
+
+    def _claim(self, lock: Path) -> None:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -163,18 +177,12 @@ class Workdir:
         except OSError as error:
             self.close()
             raise ValueError(f"cannot lock {lock} ({error.strerror}); choose a --workdir on another disk") from error
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
-        self._compare()  # the process that held the lock a moment ago may have started another run
-        if not os.path.exists(self.path / "config.json"):
-            write_json(self.path / "config.json", self.config)
-        return self
 
     def close(self) -> None:
         """Releases the lock."""
         if self._lock is not None:
-            self._lock.close()
+            with contextlib.suppress(OSError):  # what is still to be written of its number, on a full disk
+                self._lock.close()
             self._lock = None
 
     def __enter__(self) -> "Workdir":

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import math
 import shlex
 import signal
@@ -53,6 +54,8 @@ def stopping() -> Iterator[None]:
     """
     resume = f"to resume: {shlex.join(['python', *sys.argv])}"
     with contextlib.ExitStack() as stack:
+        stack.callback(setattr, sys, "excepthook", sys.excepthook)
+        sys.excepthook = functools.partial(_unless_of_tensorstore, sys.excepthook)
         if threading.current_thread() is threading.main_thread():
             stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _terminate))
         try:
@@ -73,6 +76,12 @@ def stopping() -> Iterator[None]:
             else:
                 raise
             _leave(NOT_WRITTEN_EXIT, f"error: {what}; make room, or make it writable, and go on\n{resume}")
+
+
+def _unless_of_tensorstore(hook: Callable[..., Any], kind: type, error: BaseException, trace: Any) -> None:
+    """Leaves out what TensorStore's threads print, many times, after a write that failed and is reported elsewhere."""
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        hook(kind, error, trace)
 
 
 def _leave(code: int, text: str) -> NoReturn:

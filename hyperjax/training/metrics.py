@@ -1,6 +1,7 @@
 """What a run writes down: JSON lines that survive a kill, a summary, and a picture of the curves."""
 
 import contextlib
+import io
 import json
 import os
 import tempfile
@@ -106,17 +107,27 @@ def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Replaces a file in one step: after a kill it holds the old text or the new one, never a part."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Replaces a file in one step; see `write_text`."""
     path = Path(path)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=path.name, delete=False) as file:
-        try:
-            file.write(text)
-            file.flush()
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with open(descriptor, "wb", buffering=0) as file:
+            view = memoryview(content)
+            while view:
+                view = view[file.write(view) :]
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except OSError as error:
+        Path(name).unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -185,7 +196,6 @@ def plot_curves(
     axes.grid(axis="y", color="0.92")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    with tempfile.NamedTemporaryFile(dir=Path(path).parent, suffix=".png", delete=False) as file:
-        figure.savefig(file, format="png", dpi=150)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    write_bytes(path, image.getvalue())
