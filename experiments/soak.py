@@ -48,8 +48,8 @@ class Config:
     new_tasks: int = 20  # tasks that embeddings are found for, each epoch
     adapt_steps: int = 100  # steps on their embeddings
     cached: int = 8  # sets of weights that the cache has room for
-    epoch: int = 8000  # updates in an epoch
-    reread: int = 30  # epochs between two readings of the checkpoint
+    epoch: int = 30000  # updates in an epoch
+    reread: int = 20  # epochs between two readings of the checkpoint
     seed: int = 0  # of tasks, initialization and batches
 
 
