@@ -54,8 +54,8 @@ def stopping() -> Iterator[None]:
     """
     resume = f"to resume: {shlex.join(['python', *sys.argv])}"
     with contextlib.ExitStack() as stack:
-        stack.callback(setattr, sys, "excepthook", sys.excepthook)
-        sys.excepthook = functools.partial(_unless_of_tensorstore, sys.excepthook)
+        stack.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
+        sys.unraisablehook = functools.partial(_unless_of_tensorstore, sys.unraisablehook)
         if threading.current_thread() is threading.main_thread():
             stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _terminate))
         try:
@@ -78,10 +78,10 @@ def stopping() -> Iterator[None]:
             _leave(NOT_WRITTEN_EXIT, f"error: {what}; make room, or make it writable, and go on\n{resume}")
 
 
-def _unless_of_tensorstore(hook: Callable[..., Any], kind: type, error: BaseException, trace: Any) -> None:
+def _unless_of_tensorstore(hook: Callable[[Any], Any], unraisable: Any) -> None:
     """Leaves out what TensorStore's threads print, many times, after a write that failed and is reported elsewhere."""
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        hook(kind, error, trace)
+    if str(unraisable.exc_value) != "Event loop is closed":
+        hook(unraisable)
 
 
 def _leave(code: int, text: str) -> NoReturn:
