@@ -99,10 +99,10 @@ def make_loss(model: LanguageModel) -> training.state.LossFn:
 def make_advance(config: Config, loss: training.state.LossFn, optimizer: Any, streams: Streams) -> tuple[Any, Any]:
     """The step and what it reads: a window from the host, or the text on the device for several steps a call."""
     if config.steps_per_call == 1:
-        return training.make_step(loss, optimizer), streams.window
+        return training.make_step(loss, optimizer, config.non_finite), streams.window
     on_device = streams.on_device()
     window = partial(window_at, length=config.length)
-    return training.make_steps(loss, optimizer, window), lambda step: on_device
+    return training.make_steps(loss, optimizer, window, config.non_finite), lambda step: on_device
 
 
 def make_bpc(model: LanguageModel) -> Callable[[Any, Mapping[str, Any]], float]:
@@ -166,6 +166,7 @@ def run(config: Config, corpus: Corpus, streams: Streams, workdir: training.Work
             resumed=resumed,
             started=started,
             save_minutes=config.save_minutes,
+            max_skipped=config.max_skipped,
         )
 
     try:

@@ -6,12 +6,14 @@ from hyperjax.training.experiment import Workdir, bad_input, count, device, envi
 from hyperjax.training.loop import Interrupted, NonFinite, fit, seconds, stopping
 from hyperjax.training.metrics import JsonLines, plot_curves, read_lines, write_json
 from hyperjax.training.optimizer import average_params, averaged_params, matrices, schedule
+from hyperjax.training.replay import Examined, examine
 from hyperjax.training.state import TrainState, make_step, make_steps
 from hyperjax.training.trials import Trials, apply_in_blocks, make_trials
 
 __all__ = [
     "Checkpoints",
     "Evaluation",
+    "Examined",
     "Interrupted",
     "JsonLines",
     "NonFinite",
@@ -26,6 +28,7 @@ __all__ = [
     "count",
     "device",
     "environment",
+    "examine",
     "fit",
     "make_evaluate",
     "make_step",

@@ -92,7 +92,7 @@ class Checkpoints(Generic[T]):
             if not self._open().save(step, args=args, force=True):
                 raise RuntimeError(f"Orbax refused to save step {step} in {self.directory}")
 
-    def restore(self, like: T) -> tuple[T, dict[str, Any]] | None:
+    def restore(self, like: T, before: int | None = None) -> tuple[T, dict[str, Any]] | None:
         """Restores the newest checkpoint that is whole.
 
         Damaged ones are passed over, from the newest to the oldest. Reading changes nothing on disk; the first `save`
@@ -100,6 +100,7 @@ class Checkpoints(Generic[T]):
 
         Args:
             like: a state (or a pytree of `jax.ShapeDtypeStruct`) with the shapes and dtypes to expect.
+            before: look only at those of fewer steps.
 
         Returns:
             The state and the `meta` it was saved with, or None if there is no checkpoint at all.
@@ -109,7 +110,7 @@ class Checkpoints(Generic[T]):
         """
         steps = self.steps()
         skipped: list[tuple[int, str]] = []
-        for step in reversed(steps):
+        for step in reversed([step for step in steps if before is None or step < before]):
             try:
                 state, item = self._read(step, like)
             except Damaged as error:
