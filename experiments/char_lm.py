@@ -179,7 +179,7 @@ def run(config: Config, corpus: Corpus, streams: Streams, workdir: training.Work
     sample = corpus.decode([*prime, *drawn])
     (workdir.path / "sample.txt").write_text(sample + "\n", encoding="utf-8")
     training.say(f"\nThe model goes on from the first {len(prime)} characters:\n\n{sample}\n")
-    speeds = [row["chars_per_second"] for row in training.read_lines(timings.path) if "chars_per_second" in row]
+    speeds = [speed for _, speed in training.series(training.read_lines(timings.path), "chars_per_second")]
     return {
         "model": config.model,
         "corpus": corpus.name,

@@ -4,7 +4,7 @@ from hyperjax.training.checkpoint import Checkpoints, NotSaved
 from hyperjax.training.evaluation import Evaluation, make_evaluate
 from hyperjax.training.experiment import Workdir, bad_input, count, device, environment, parse, print_summary, say
 from hyperjax.training.loop import Interrupted, NonFinite, fit, seconds, stopping
-from hyperjax.training.metrics import JsonLines, plot_curves, read_lines, write_json
+from hyperjax.training.metrics import JsonLines, plot_curves, read_lines, series, write_json
 from hyperjax.training.optimizer import average_params, averaged_params, matrices, schedule
 from hyperjax.training.replay import Examined, examine
 from hyperjax.training.state import TrainState, make_step, make_steps
@@ -42,6 +42,7 @@ __all__ = [
     "say",
     "schedule",
     "seconds",
+    "series",
     "stopping",
     "write_json",
 ]

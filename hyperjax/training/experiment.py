@@ -221,7 +221,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError("not an object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} cannot be read, expected a JSON object; restore it or choose another --workdir"
         ) from error
@@ -290,6 +290,6 @@ def say(text: str) -> None:
 
 def print_summary(summary: dict[str, Any]) -> None:
     """Prints a summary, a line per key."""
-    width = max(map(len, summary))
+    width = max(map(len, summary), default=0)
     for name, value in summary.items():
-        print(f"  {name:<{width}}  {value:,}" if isinstance(value, int | float) else f"  {name:<{width}}  {value}")
+        say(f"  {name:<{width}}  {value:,}" if isinstance(value, int | float) else f"  {name:<{width}}  {value}")

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+LARGEST = 1e30  # of what is drawn or averaged
+
 
 class JsonLines:
     """An append-only file of JSON objects, each with a `step`.
@@ -77,9 +79,9 @@ def _rows(path: Path):
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            if not line.endswith(b"\n") or not isinstance(row["step"], int):
+            if not line.endswith(b"\n") or type(row["step"]) is not int:
                 raise ValueError("torn")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
             if number == len(lines):
                 return
             raise ValueError(
@@ -103,6 +105,12 @@ def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
         ValueError: a line before the last is damaged.
     """
     return [row for row, _ in _rows(Path(path))]
+
+
+def series(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    """Returns (step, value) of the rows whose `key` is a finite number, so that nothing else is ever computed with."""
+    found = [(row["step"], row[key]) for row in rows if type(row.get(key)) in (int, float)]
+    return [(step, value) for step, value in found if abs(value) < LARGEST]
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -165,7 +173,7 @@ def plot_curves(
         (valid, "validation", {"color": "#c2410c", "lw": 2, "marker": "o", "ms": 4.5, "mec": "white"}),
     )
     for key, name, style in curves:
-        points = [(row["step"], row[key]) for row in rows if key in row]
+        points = series(rows, key)
         if not points:
             continue
         axes.plot(*zip(*points, strict=True), label=name, **style)
@@ -183,7 +191,7 @@ def plot_curves(
                 fontsize=9,
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1},
             )
-    seen = sorted(row[key] for row in rows for key in (train, valid) if key in row)
+    seen = sorted(value for key in (train, valid) for _, value in series(rows, key))
     if seen:  # the first steps are far above all others and would flatten the rest
         top = seen[min(len(seen) - 1, int(0.98 * len(seen)))]
         low, span = seen[0], max(top - seen[0], 1e-3)
