@@ -269,7 +269,7 @@ def read_matrices(path: Path, learners: Iterable[str], number: int) -> dict[str,
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the experiment. Bad input exits with 2, a loss that is not finite with 1, a signal with 128 + its number."""
+    """Runs the experiment. Bad input exits with 2, a loss that is not finite with 1, Ctrl-C with 130."""
     started = time.perf_counter()
     config = training.parse(defaults, ("preset", "tasks"), argv, description=__doc__, prog="continual_digits.py")
     with training.bad_input(__file__):
