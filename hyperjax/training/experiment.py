@@ -295,7 +295,10 @@ def device(layout: Layout | None = None) -> str:
     host = f"{cores} CPU core{'' if cores == 1 else 's'}"
     if devices[0].platform != "cpu" or layout is not None:
         host = f"{len(devices)} x {devices[0].device_kind}, {host}"
-    return host if layout is None else f"{host}; mesh {layout}, {jax.process_count()} process(es)"
+    if layout is None:
+        return host
+    number = jax.process_count()
+    return f"{host}; mesh {layout}, {number} process{'' if number == 1 else 'es'}"
 
 
 def git_commit(folder: Path) -> str | None:
