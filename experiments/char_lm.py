@@ -101,10 +101,12 @@ def make_advance(
 ) -> tuple[Any, Any]:
     """The step and what it reads: a window from the host, or the text on the device for several steps a call."""
     if config.steps_per_call == 1:
-        return training.make_step(loss, optimizer, layout), streams.window
+        return training.make_step(loss, optimizer, layout, non_finite=config.non_finite), streams.window
     text = streams.on_device() if layout is None else layout.join(streams.on_device(layout.rows))
     window = partial(window_at, length=config.length)
-    return training.make_steps(loss, optimizer, window, layout), lambda step, rows=None: text
+    return training.make_steps(
+        loss, optimizer, window, layout, non_finite=config.non_finite
+    ), lambda step, rows=None: text
 
 
 def make_bpc(model: LanguageModel) -> Callable[[Any, Mapping[str, Any]], float]:
@@ -134,8 +136,7 @@ def run(config: Config, corpus: Corpus, streams: Streams, workdir: training.Work
             raise ValueError(f"the text of {corpus.name} has changed since this run began; choose another --workdir")
         restored = checkpoints.restore(jax.eval_shape(create, init_key))
         resumed = restored[1] if restored else {}
-        metrics = training.JsonLines(workdir.path / "metrics.jsonl", resumed.get("step", 0))
-        timings = training.JsonLines(workdir.path / "timings.jsonl", resumed.get("step", 0))
+        metrics, timings = training.open_lines(workdir.path, resumed.get("step", 0))
     state = restored[0] if restored else jax.jit(create)(init_key)
     training.say(
         "\n".join([describe(config, corpus, state.params, steps, workdir.layout), *corpus.notes, *checkpoints.notes])
@@ -171,6 +172,7 @@ def run(config: Config, corpus: Corpus, streams: Streams, workdir: training.Work
             started=started,
             save_minutes=config.save_minutes,
             layout=workdir.layout,
+            max_skipped=config.max_skipped,
         )
 
     try:
@@ -183,7 +185,7 @@ def run(config: Config, corpus: Corpus, streams: Streams, workdir: training.Work
     sample = corpus.decode([*prime, *drawn])
     (workdir.path / "sample.txt").write_text(sample + "\n", encoding="utf-8")
     training.say(f"\nThe model goes on from the first {len(prime)} characters:\n\n{sample}\n")
-    speeds = [row["chars_per_second"] for row in training.read_lines(timings.path) if "chars_per_second" in row]
+    speeds = [speed for _, speed in training.series(training.read_lines(timings.path), "chars_per_second")]
     return {
         "model": config.model,
         "corpus": corpus.name,
@@ -215,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command line's arguments; by default those of the process.
 
     Returns:
-        The exit status; 2 for bad input, 1 for a loss that is not finite, 130 or 143 for a run that was interrupted.
+        The exit status; 2 for bad input, 1 for a loss that is not finite or a full disk, 130 for Ctrl-C.
     """
     started = time.perf_counter()
     config = training.parse(defaults, argv=argv, description=__doc__, prog="char_lm.py")

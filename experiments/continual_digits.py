@@ -205,8 +205,7 @@ def run(config: Config, images: Images, tasks: list[Task], workdir: training.Wor
             raise ValueError(f"the images of {images.name} have changed since this run began; choose another --workdir")
         restored = checkpoints.restore(jax.eval_shape(create, init_key))
         resumed = restored[1] if restored else {}
-        metrics = training.JsonLines(workdir.path / "metrics.jsonl", resumed.get("step", 0))
-        timings = training.JsonLines(workdir.path / "timings.jsonl", resumed.get("step", 0))
+        metrics, timings = training.open_lines(workdir.path, resumed.get("step", 0))
     state = restored[0] if restored else jax.jit(create)(init_key)
     per_task, steps = config.steps_per_task, config.steps_per_task * len(tasks)
     main = sum(spec.size for spec in hyper.targets[0].structure.specs)
@@ -270,7 +269,7 @@ def read_matrices(path: Path, learners: Iterable[str], number: int) -> dict[str,
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the experiment. Bad input exits with 2, a loss that is not finite with 1, a signal with 128 + its number."""
+    """Runs the experiment. Bad input exits with 2, a loss that is not finite with 1, Ctrl-C with 130."""
     started = time.perf_counter()
     config = training.parse(defaults, ("preset", "tasks"), argv, description=__doc__, prog="continual_digits.py")
     with training.bad_input(__file__):

@@ -136,8 +136,7 @@ def train(config: Config, workdir: training.Workdir, family: Any, hyper: HyperNe
     with training.bad_input(__file__):
         restored = checkpoints.restore(jax.eval_shape(lambda: state))
         state, resumed = restored or (state, {})
-        metrics = training.JsonLines(workdir.path / "metrics.jsonl", resumed.get("step", 0))
-        timings = training.JsonLines(workdir.path / "timings.jsonl", resumed.get("step", 0))
+        metrics, timings = training.open_lines(workdir.path, resumed.get("step", 0))
     training.say("\n".join([*describe(config, family, state.params, workdir.layout), *checkpoints.notes]))
     print(f"resuming after step {int(state.step):,}" if restored else f"starting in {workdir.path}")
     held = batch_at(0, valid=True)

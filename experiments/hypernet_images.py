@@ -224,8 +224,7 @@ def run(config: Config, data: Images, batches: Batches, workdir: training.Workdi
             raise ValueError(f"the images of {data.name} have changed since this run began; choose another --workdir")
         restored = checkpoints.restore(jax.eval_shape(create, init_key))
         resumed = restored[1] if restored else {}
-        metrics = training.JsonLines(workdir.path / "metrics.jsonl", resumed.get("step", 0))
-        timings = training.JsonLines(workdir.path / "timings.jsonl", resumed.get("step", 0))
+        metrics, timings = training.open_lines(workdir.path, resumed.get("step", 0))
     state = restored[0] if restored else jax.jit(create)(init_key)
     counts = count_params(config, model, state.params)
     made = f"made by a hypernetwork of {counts['hypernetwork']:,}" if config.model == "hyper" else "learned directly"
@@ -286,7 +285,7 @@ def describe(
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the experiment with these arguments, by default those of the process.
 
-    Returns 0, or exits: 2 for bad input, 1 for a loss that is not finite, 130 or 143 for a run that was interrupted.
+    Returns 0, or exits: 2 for bad input, 1 for a loss that is not finite or a full disk, 130 for Ctrl-C.
     """
     started = time.perf_counter()
     config = training.parse(defaults, argv=argv, description=__doc__, prog="hypernet_images.py")

@@ -172,10 +172,8 @@ def run(config: Config, data: TaskData, model: nn.Module, workdir: training.Work
             raise ValueError(f"the data {data.name} has changed since this run began; choose another --workdir")
         restored = checkpoints.restore(jax.eval_shape(create, init_key))
         resumed = restored[1] if restored else {}
-        files = {
-            name: training.JsonLines(workdir.path / f"{name}.jsonl", resumed.get("step", 0))
-            for name in ("metrics", "timings", "gates")
-        }
+        names = ("metrics", "timings", "gates")
+        files = dict(zip(names, training.open_lines(workdir.path, resumed.get("step", 0), *names), strict=True))
     state = restored[0] if restored else jax.jit(create)(init_key)
     snr = model if isinstance(model, routing.SNR) and model.gates is not None else None
     training.say(

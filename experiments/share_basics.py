@@ -186,7 +186,8 @@ def measure(config: Config, case: Case) -> dict[str, dict[str, float]]:
 def run(config: Config, graph: Graph | None, workdir: training.Workdir, started: float) -> dict[str, Any]:
     """Trains and measures everything that is not yet in `metrics.jsonl`, and returns the summary."""
     path = workdir.path / "metrics.jsonl"
-    before = training.read_lines(path) if path.exists() else []
+    with training.bad_input(__file__):
+        before = training.read_lines(path) if path.exists() else []
     about = [f"{name:10}{(CASES[name].__doc__ or '').splitlines()[0]}" for name in config.cases]
     graph_name = config.data_file or "the karate club, of which two members of each faction are told"
     about += [f"          Its graph is {graph_name}."] if "graph" in config.cases else []

@@ -111,7 +111,7 @@ def train(
             raise ValueError(f"the data {task.name} has changed since {folder} began; choose another --workdir")
         restored = checkpoints.restore(jax.eval_shape(create, init_key))
         resumed = restored[1] if restored else {}
-        files = [training.JsonLines(folder / f"{n}.jsonl", resumed.get("step", 0)) for n in ("metrics", "timings")]
+        files = training.open_lines(folder, resumed.get("step", 0))
     state = restored[0] if restored else jax.jit(create)(init_key)
     with checkpoints, files[0], files[1]:
         if restored:

@@ -3,6 +3,10 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +20,7 @@ from hyperjax.training import (
     JsonLines,
     NonFinite,
     TrainState,
+    examine,
     fit,
     make_step,
     make_steps,
@@ -49,7 +54,7 @@ def run(folder, batches=batch_at, validate=None, steps=STEPS, step=STEP, **optio
     checkpoints = Checkpoints(folder / "checkpoints")
     restored = checkpoints.restore(state)
     state, resumed = restored if restored else (state, {})
-    at = int(state.step)
+    at = resumed.get("step", 0)
     with checkpoints, JsonLines(folder / "m", at) as metrics, JsonLines(folder / "t", at) as timings:
         state = fit(
             state,
@@ -199,7 +204,7 @@ def test_a_signal_saves_and_the_run_resumes_there(uninterrupted, tmp_path, numbe
 
     with pytest.raises(SystemExit) as stop, stopping():
         run(tmp_path, batches)
-    assert stop.value.code == 128 + number
+    assert stop.value.code == (0 if number == signal.SIGTERM else 130)
     printed = capsys.readouterr().err
     assert f"{number.name}: saved step 7 of 23" in printed
     assert "to resume: python " in printed
@@ -221,6 +226,67 @@ def test_a_signal_in_the_last_step_is_heard_too(uninterrupted, tmp_path, capsys)
     assert stop.value.code == 130
     assert f"saved step {STEPS} of {STEPS}" in capsys.readouterr().err
     assert run(tmp_path)[0] == uninterrupted[0]
+
+
+@pytest.mark.parametrize("at", [10, 20, STEPS])  # 20 is also the step of a line of metrics, the last is both
+def test_a_signal_ends_a_validation_and_resuming_makes_it_again(uninterrupted, tmp_path, at, capsys):
+    def validate(state):
+        if int(state.step) == at and not (tmp_path / "stopped").exists():
+            (tmp_path / "stopped").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)  # a long validation
+        return {"valid_bpc": float(state.params["w"].sum())}
+
+    began = time.perf_counter()
+    with pytest.raises(SystemExit) as stop, stopping():
+        run(tmp_path, validate=validate)
+    assert time.perf_counter() - began < 30
+    assert stop.value.code == 0
+    assert f"SIGTERM: saved step {at} of {STEPS}" in capsys.readouterr().err
+    assert Checkpoints(tmp_path / "checkpoints").steps()[-1] == at
+
+    def batches(step):
+        if step == at:
+            raise RuntimeError("crash")
+        return batch_at(step)
+
+    if at < STEPS:  # resumed twice: killed after the validation that it makes first, before another checkpoint
+        with pytest.raises(RuntimeError, match="crash"):
+            run(tmp_path, batches)
+    lines, state = run(tmp_path)
+    assert lines == uninterrupted[0]
+    np.testing.assert_array_equal(state.params["w"], uninterrupted[1].params["w"])
+    best = Checkpoints(tmp_path / "checkpoints")
+    best.restore(state)
+    values = {row["step"]: row["valid_bpc"] for row in read_lines(tmp_path / "m") if "valid_bpc" in row}
+    assert best.best == min(values.items(), key=lambda item: item[1])  # also that of a checkpoint valued afterwards
+
+
+def test_a_second_signal_acts_at_once(tmp_path):
+    code = (
+        "import os, signal, sys, time, test_loop as t\n"
+        "def batches(step):\n"
+        "    if step == 3:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(0.1)\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return t.batch_at(step)\n"
+        "with t.stopping():\n"
+        "    t.run(t.Path(sys.argv[1]), batches)\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
+    environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGTERM
+
+
+def test_sigterm_outside_of_the_loop_exits_with_0_and_says_how_to_resume(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop, stopping():
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.value.code == 0
+    assert "to resume: python " in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_signal_between_checkpoints_still_says_how_to_resume(capsys):
@@ -246,6 +312,100 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, bad_step, las
     assert checkpoints.steps() == ([last_good] if last_good else [])
     if last_good:
         assert np.isfinite(checkpoints.restore(jax.eval_shape(lambda: fresh_state()))[0].params["w"]).all()
+
+
+SKIP = make_step(loss_fn, OPTIMIZER, non_finite="skip")
+SKIP_2 = make_steps(loss_fn, OPTIMIZER, lambda data, step: data[step], non_finite="skip")
+BAD = (3, 10, 16)
+
+
+def bad_batch_at(step):
+    return batch_at(step) * (np.nan if step in BAD else 1)
+
+
+@pytest.mark.parametrize("per_call", [1, 2])
+def test_skipped_updates_leave_the_state_and_are_counted(tmp_path, per_call):
+    data = jnp.stack([bad_batch_at(step) for step in range(STEPS)])
+    several = {"batches": lambda _: data, "step": SKIP_2, "per_call": 2}
+    options = several if per_call == 2 else {"batches": bad_batch_at, "step": SKIP}
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    lines, state = run(whole, max_skipped=3, **options)
+    want = TrainState.create({"w": jnp.zeros(4)}, OPTIMIZER, jnp.zeros(4))
+    for step in range(STEPS):  # as if there were no such batches, but for the number that draws the noise
+        if step in BAD:
+            want = want.replace(step=want.step + 1)
+        else:
+            want, _ = STEP(want, batch_at(step), jax.random.key(5))
+    assert int(state.step) == STEPS
+    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    rows = [json.loads(line) for line in lines.splitlines()]
+    assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
+    skipped = {row["step"]: row["skipped"] for row in rows if "skipped" in row}
+    assert skipped == dict.fromkeys([step + 1 for step in BAD], "loss is nan, grad_norm is nan")
+    assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
+
+    cut, crashed = tmp_path / "cut", []
+    cut.mkdir()
+    source = options.pop("batches")
+
+    def crash(step):
+        if step == 12 and not crashed:
+            crashed.append(step)
+            raise ConnectionError("crash")
+        return source(step)
+
+    with pytest.raises(ConnectionError):
+        run(cut, crash, max_skipped=3, save_minutes=0, **options)
+    again, resumed = run(cut, crash, max_skipped=3, **options)
+    assert again == lines
+    np.testing.assert_array_equal(resumed.params["w"], state.params["w"])
+
+
+def test_more_skipped_updates_than_allowed_stop_the_run_wherever_it_was_resumed(tmp_path):
+    def crash(step):
+        if step == 12:
+            raise ConnectionError("crash")
+        return bad_batch_at(step)
+
+    with pytest.raises(ConnectionError):
+        run(tmp_path, crash, step=SKIP, max_skipped=2)
+    for _ in range(2):
+        with pytest.raises(
+            NonFinite, match=r"loss is nan, grad_norm is nan at step 17, after 2 skipped; the last good"
+        ):
+            run(tmp_path, bad_batch_at, step=SKIP, max_skipped=2)
+    assert np.isfinite(Checkpoints(tmp_path / "checkpoints").restore(fresh_state())[0].params["w"]).all()
+
+
+def test_skipping_changes_nothing_where_all_is_finite(uninterrupted, tmp_path):
+    lines, _ = run(tmp_path, step=SKIP)
+    one, other = (list(map(json.loads, each.splitlines())) for each in (lines, uninterrupted[0]))
+    assert [list(row) for row in one] == [list(row) for row in other]
+    for first, second in zip(one, other, strict=True):
+        assert first == pytest.approx(second, rel=1e-5)
+
+
+def test_only_stop_and_skip_are_known():
+    with pytest.raises(ValueError, match="non_finite is 'ignore', expected stop or skip"):
+        make_step(loss_fn, OPTIMIZER, non_finite="ignore")
+
+
+def test_a_step_is_replayed_from_the_checkpoint_before_it(tmp_path):
+    with pytest.raises(NonFinite, match="at step 17, after 2 skipped"):
+        run(tmp_path, bad_batch_at, step=SKIP, max_skipped=2, save_minutes=0)
+    state, _ = Checkpoints(tmp_path / "checkpoints").restore(fresh_state(), before=17)
+    assert int(state.step) == 16
+    found = examine(loss_fn, state, bad_batch_at(16), jax.random.key(5))
+    assert np.isnan(found.loss)
+    assert np.isnan(found.norms["w"])
+    assert found.not_finite == {"batch": [""], "params": [], "carry": [], "gradient": ["w"], "new carry": [""]}
+    good = examine(loss_fn, state, batch_at(16), jax.random.key(5))
+    _, metrics = make_step(loss_fn, OPTIMIZER)(state, batch_at(16), jax.random.key(5))
+    assert good.loss == pytest.approx(float(metrics["loss"]), rel=1e-5)
+    assert good.grad_norm == pytest.approx(float(metrics["grad_norm"]), rel=1e-5)
+    assert not any(good.not_finite.values())
 
 
 def fresh_state():

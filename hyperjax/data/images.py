@@ -193,7 +193,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     if not raw.startswith(b"PK"):
         raise ValueError(f"{path} is no .npz archive; give one of {', '.join(KEYS)}")
     try:
-        with np.load(io.BytesIO(raw)) as archive:
+        with np.load(io.BytesIO(raw), allow_pickle=False) as archive:
             found = {key: archive[key] for key in KEYS if key in archive}
     except (*DAMAGED, ValueError) as error:
         raise ValueError(f"{path} is damaged ({one_line(error)}); give an .npz of {', '.join(KEYS)}") from error

@@ -27,6 +27,7 @@ DAMAGED = (
     OSError,
     RuntimeError,
     NotImplementedError,
+    MemoryError,
     UnicodeDecodeError,
 )
 

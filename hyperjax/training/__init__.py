@@ -1,12 +1,14 @@
 """What every experiment shares: the step, the loop, checkpoints, metrics and the command line."""
 
-from hyperjax.training.checkpoint import Checkpoints
+from hyperjax.training.checkpoint import Checkpoints, NotSaved
 from hyperjax.training.evaluation import Evaluation, make_evaluate
 from hyperjax.training.experiment import Workdir, bad_input, count, device, environment, parse, print_summary, say
-from hyperjax.training.loop import Interrupted, NonFinite, fit, seconds, stopping
+from hyperjax.training.interrupts import Interrupted, NonFinite, stopping
+from hyperjax.training.loop import fit, seconds
 from hyperjax.training.mesh import Devices, Layout, lay_out, make_mesh
-from hyperjax.training.metrics import JsonLines, plot_curves, read_lines, write_json
+from hyperjax.training.metrics import JsonLines, open_lines, plot_curves, read_lines, series, write_json
 from hyperjax.training.optimizer import average_params, averaged_params, matrices, schedule
+from hyperjax.training.replay import Examined, examine
 from hyperjax.training.state import TrainState, make_step, make_steps
 from hyperjax.training.trials import Trials, apply_in_blocks, make_trials
 
@@ -14,10 +16,12 @@ __all__ = [
     "Checkpoints",
     "Devices",
     "Evaluation",
+    "Examined",
     "Interrupted",
     "JsonLines",
     "Layout",
     "NonFinite",
+    "NotSaved",
     "TrainState",
     "Trials",
     "Workdir",
@@ -28,6 +32,7 @@ __all__ = [
     "count",
     "device",
     "environment",
+    "examine",
     "fit",
     "lay_out",
     "make_evaluate",
@@ -36,6 +41,7 @@ __all__ = [
     "make_steps",
     "make_trials",
     "matrices",
+    "open_lines",
     "parse",
     "plot_curves",
     "print_summary",
@@ -43,6 +49,7 @@ __all__ = [
     "say",
     "schedule",
     "seconds",
+    "series",
     "stopping",
     "write_json",
 ]

@@ -1,9 +1,11 @@
 """Checkpoints by Orbax, with a digest of our own: written in the background, checked to the byte when read."""
 
 import contextlib
+import errno
 import json
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -15,6 +17,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from hyperjax.training import processes
 from hyperjax.training.digest import digest, digest_json, leaves
+from hyperjax.training.metrics import write_text
 
 T = TypeVar("T")
 
@@ -56,11 +59,10 @@ class Checkpoints(Generic[T]):
         self.wait()
         if not self.directory.is_dir():
             return []
-        found = {int(path.name) for path in self.directory.iterdir() if path.is_dir() and path.name.isdecimal()}
-        return sorted(found - set(self._damaged))
+        return sorted(self._found() - set(self._damaged))
 
     def save(self, step: int, state: T, meta: dict[str, Any], value: float | None = None) -> None:
-        """Saves a state in the background; a step that is already saved is left alone.
+        """Saves a state in the background; a step that is already saved is left alone, but for a `value` found since.
 
         Args:
             step: number of updates behind the state, larger than any saved before.
@@ -70,16 +72,18 @@ class Checkpoints(Generic[T]):
 
         Raises:
             ValueError: a newer checkpoint exists, which Orbax would silently keep instead of this one.
+            NotSaved: this one, or the one before, cannot be written.
         """
         while self._damaged:
             self._move_aside(self._damaged.pop())
         saved = self.steps()
         if step in saved:
+            if value is not None:
+                self._evaluate(step, meta, value)
             return
         if saved and step < saved[-1]:
             raise ValueError(f"step {step} is older than checkpoint {saved[-1]} in {self.directory}; restore it first")
-        if value is not None and (self.best is None or value < self.best[1]):
-            self.best = (step, value)
+        self._note_best(step, value)
         # A copy: on CPU, NumPy shares memory with a buffer that the next step, which donates it, overwrites.
         alone = all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(state))
         copy = jax.tree.map(np.array if alone else jnp.copy, state)
@@ -88,10 +92,11 @@ class Checkpoints(Generic[T]):
         body = json.loads(json.dumps(body))  # a copy of its own: it is written while the caller goes on
         item = {**body, "own_sha256": digest_json(body)}
         args = ocp.args.Composite(state=self._save_args(copy), meta=ocp.args.JsonSave(item))
-        if not self._open().save(step, args=args, force=True):
-            raise RuntimeError(f"Orbax refused to save step {step} in {self.directory}")
+        with self._writing():
+            if not self._open().save(step, args=args, force=True):
+                raise RuntimeError(f"Orbax refused to save step {step} in {self.directory}")
 
-    def restore(self, like: T) -> tuple[T, dict[str, Any]] | None:
+    def restore(self, like: T, before: int | None = None) -> tuple[T, dict[str, Any]] | None:
         """Restores the newest checkpoint that is whole.
 
         Damaged ones are passed over, from the newest to the oldest. Reading changes nothing on disk; the first `save`
@@ -99,6 +104,7 @@ class Checkpoints(Generic[T]):
 
         Args:
             like: a state (or a pytree of `jax.ShapeDtypeStruct`) with the shapes and dtypes to expect.
+            before: look only at those of fewer steps.
 
         Returns:
             The state and the `meta` it was saved with, or None if there is no checkpoint at all.
@@ -108,7 +114,7 @@ class Checkpoints(Generic[T]):
         """
         steps = self.steps()
         skipped: list[tuple[int, str]] = []
-        for step in reversed(steps):
+        for step in reversed([step for step in steps if before is None or step < before]):
             try:
                 state, item = self._read(step, like)
             except Damaged as error:
@@ -170,16 +176,18 @@ class Checkpoints(Generic[T]):
             ) from error
 
     def wait(self) -> None:
-        """Returns when everything saved is on disk; raises what went wrong in the background."""
+        """Returns when everything saved is on disk; raises NotSaved if anything went wrong in the background."""
         if self._manager is not None:
-            self._manager.wait_until_finished()
+            with self._writing():
+                self._manager.wait_until_finished()
             processes.meet("checkpoint")
 
     def close(self) -> None:
         """Waits, and releases the threads."""
-        if self._manager is not None:
-            self._manager.close()
-            self._manager = None
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            with self._writing():
+                manager.close()
 
     def __enter__(self) -> "Checkpoints[T]":
         return self
@@ -187,8 +195,43 @@ class Checkpoints(Generic[T]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _found(self) -> set[int]:
+        """Steps of the finished checkpoints on disk, those included that a save in the background has finished."""
+        if not self.directory.is_dir():
+            return set()
+        names = [path.name for path in self.directory.iterdir() if path.is_dir() and path.name.isdecimal()]
+        return {int(name) for name in names if name == str(int(name))}
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns what Orbax and TensorStore raise, which has no common class, into NotSaved."""
+        try:
+            yield
+        except Exception as error:
+            found = self._found() - set(self._damaged)
+            last = f"the last good one is step {max(found):,}" if found else "there is none before it"
+            reasons = [
+                os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+            ]
+            reason = next((reason for reason in reasons if reason in str(error)), _line(error))
+            raise NotSaved(f"cannot write a checkpoint in {self.directory} ({reason}); {last}") from error
+
+    def _note_best(self, step: int, value: float | None) -> None:
+        if value is not None and (self.best is None or value < self.best[1]):
+            self.best = (step, value)
+
+    def _evaluate(self, step: int, meta: dict[str, Any], value: float) -> None:
+        """Gives a checkpoint that was saved without a value its value and new `meta`, in one replacement of a file."""
+        self._note_best(step, value)
+        body = json.loads(json.dumps({**self._read_item(step), "meta": meta, "best": self.best}))
+        text = json.dumps({**body, "own_sha256": digest_json(body)})
+        if processes.is_main():
+            write_text(self.directory / str(step) / "meta" / "metadata", text)
+        processes.meet("evaluated")
+
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
+            logging.getLogger("absl").addFilter(_not_of_orbax)
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=_LatestAndBest(self), cleanup_tmp_directories=True, enable_async_checkpointing=True
             )
@@ -245,6 +288,15 @@ class Checkpoints(Generic[T]):
         while target.exists():
             number, target = number + 1, folder / f"{step}-{number + 1}"
         (self.directory / str(step)).rename(target)
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """False for errors that Orbax logs, with a traceback from each of its threads, before it raises them."""
+    return "orbax" not in record.pathname or record.levelno < logging.ERROR
+
+
+class NotSaved(OSError):
+    """A checkpoint cannot be written; the message says why and which one is the last good one."""
 
 
 class Damaged(Exception):

@@ -202,19 +202,24 @@ class Workdir:
         except OSError as error:
             self.close()
             raise ValueError(f"cannot lock {lock} ({error.strerror}); choose a --workdir on another disk") from error
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
         self._compare()  # the process that held the lock a moment ago may have started another run
-        if not os.path.exists(self.path / "config.json"):
-            write_json(self.path / "config.json", self.config)
+        try:
+            self._lock.truncate(0)
+            self._lock.write(str(os.getpid()))
+            self._lock.flush()
+            if not os.path.exists(self.path / "config.json"):
+                write_json(self.path / "config.json", self.config)
+        except OSError as error:
+            self.close()
+            raise ValueError(f"cannot write in {self.path} ({error.strerror}); choose another --workdir") from error
 
     def close(self) -> None:
         """Releases the lock."""
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
         if self._lock is not None:
-            self._lock.close()
+            with contextlib.suppress(OSError):  # what is still to be written of its number, on a full disk
+                self._lock.close()
             self._lock = None
 
     def __enter__(self) -> "Workdir":
@@ -253,7 +258,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError("not an object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} cannot be read, expected a JSON object; restore it or choose another --workdir"
         ) from error
@@ -327,6 +332,6 @@ def say(text: str) -> None:
 
 def print_summary(summary: dict[str, Any]) -> None:
     """Prints a summary, a line per key."""
-    width = max(map(len, summary))
+    width = max(map(len, summary), default=0)
     for name, value in summary.items():
-        print(f"  {name:<{width}}  {value:,}" if isinstance(value, int | float) else f"  {name:<{width}}  {value}")
+        say(f"  {name:<{width}}  {value:,}" if isinstance(value, int | float) else f"  {name:<{width}}  {value}")

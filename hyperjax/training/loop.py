@@ -1,13 +1,10 @@
-"""The training loop: steps, a progress bar, validation, checkpoints, and clean ways to stop."""
+"""The training loop: steps, a progress bar, validation and checkpoints."""
 
-import contextlib
 import math
-import shlex
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
@@ -16,45 +13,12 @@ import tqdm
 
 from hyperjax.training import processes
 from hyperjax.training.checkpoint import Checkpoints
+from hyperjax.training.interrupts import Interrupted, NonFinite, signals
 from hyperjax.training.mesh import Layout
 from hyperjax.training.metrics import JsonLines
 from hyperjax.training.state import TrainState
 
 Array = jax.Array
-NON_FINITE_EXIT = 1
-
-
-class NonFinite(Exception):
-    """The loss, its gradient or a validation value is NaN or infinite; the message says where and what to try."""
-
-
-class Interrupted(Exception):
-    """The run was asked to stop, and saved.
-
-    Attributes:
-        code: exit status, 128 + the signal's number.
-    """
-
-    def __init__(self, message: str, code: int):
-        super().__init__(message)
-        self.code = code
-
-
-@contextlib.contextmanager
-def stopping() -> Iterator[None]:
-    """Turns `Interrupted` and `NonFinite` into their message and an exit status: 130, 143, or 1."""
-    resume = f"to resume: {shlex.join(['python', *sys.argv])}"
-    try:
-        yield
-    except Interrupted as error:
-        print(f"\n{error}\n{resume}", file=sys.stderr)
-        raise SystemExit(error.code) from None
-    except KeyboardInterrupt:
-        print(f"\nstopped between two checkpoints\n{resume}", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGINT) from None
-    except NonFinite as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        raise SystemExit(NON_FINITE_EXIT) from None
 
 
 def seconds(resumed: dict[str, Any], started: float) -> float:
@@ -84,13 +48,17 @@ def fit(
     started: float | None = None,
     save_minutes: float = 5.0,
     layout: Layout | None = None,
+    max_skipped: int = 10,
 ) -> TrainState:
     """Trains until `steps` updates are made.
 
     A checkpoint is written after each validation, every `save_minutes`, on SIGINT and SIGTERM, and at the end; never
     of a state that came out of a step whose loss or gradient was not finite. `metrics` gets what a rerun repeats to
     the bit, wherever it was interrupted: the mean of each step's metrics every `log_every` steps, and what `validate`
-    returns. `timings` gets the clock.
+    returns. `timings` gets the clock. A signal ends a validation, too: resuming makes it again.
+
+    Where `step` skips updates that are not finite, each is a line of `metrics` (`skipped`: why), is left out of the
+    means, and counts towards `max_skipped`.
 
     Args:
         state: where to start, new or restored; its buffers are donated.
@@ -113,12 +81,15 @@ def fit(
         save_minutes: longest time between two checkpoints.
         layout: how state and batches lie on several devices; None for one. `validate` gets a state on one device, and
             runs in every process. Several processes hear signals, and save by the clock, when they log.
+        max_skipped: how many updates of the whole run may be skipped.
 
     Returns:
         The last state, on one device.
 
     Raises:
-        NonFinite: a loss, gradient norm or validation value is NaN or infinite.
+        NonFinite: a loss, gradient norm or validation value is NaN or infinite; where `step` skips, more than
+            `max_skipped` of them.
+        NotSaved: a checkpoint could not be written.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
         ValueError: `per_call` is below 1, or does not divide `eval_every` and `log_every`.
     """
@@ -128,6 +99,8 @@ def fit(
     rows: list[dict[str, float]] = list(resumed.get("rows", ()))  # metrics of the steps since the last line
     at = int(state.step)
     saved = at  # the newest step that a checkpoint holds
+    skipped = int(resumed.get("skipped", 0))
+    due = int(resumed.get("step", at)) < at  # a signal ended the validation of this step
     unread: dict[str, Array] | None = None  # metrics of the newest step, still being computed
     timer = _Timer()
     local: Callable[[TrainState], TrainState] = (lambda state: state) if layout is None else layout.local
@@ -136,35 +109,47 @@ def fit(
     in_turn = several and jax.default_backend() == "cpu"  # where two collectives at once block each other
 
     def read(last_step: int) -> None:
-        nonlocal unread
+        nonlocal unread, skipped
         if unread is not None:
             columns = {name: np.asarray(value).reshape(-1).tolist() for name, value in unread.items()}
             unread = None
             new = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             for n, row in enumerate(new, last_step - len(new) + 1):
+                if row.pop("skipped", 0):
+                    skipped += 1
+                    why = ", ".join(f"{name} is {row[name]}" for name in ("loss", "grad_norm") if _bad(row[name]))
+                    if skipped > max_skipped:
+                        raise NonFinite(_not_finite(f"{why} at step {n:,}, after {skipped - 1} skipped", checkpoints))
+                    metrics.write(n, skipped=why)
+                    bar.write(f"step {n:,}: {why}: update skipped, {skipped} of at most {max_skipped}")
+                    continue
                 for name in ("loss", "grad_norm"):
                     _check(name, row[name], n, checkpoints)
-            rows.extend(new)
+                rows.append(row)
 
-    def save(value: float | None = None) -> None:
+    def save(value: float | None = None, **instead: Any) -> None:
         nonlocal saved
         timer.pause()
         for lines in (metrics, timings):
             lines.sync()
-        own = {"step": at, "rows": list(rows), "seconds": seconds(resumed, started)}
-        checkpoints.save(at, state, {**(meta or {}), **own}, value)
+        own = {"step": at, "rows": list(rows), "seconds": seconds(resumed, started), "skipped": skipped}
+        checkpoints.save(at, state, {**(meta or {}), **own, **instead}, value)
         saved = at
         timer.saved = time.perf_counter()
 
-    with _signals() as received, _bar(steps, at, unit) as bar:
-        while at < steps:
-            count = min(per_call - at % per_call, steps - at)
-            batch = batch_at(at) if layout is None else layout.join(batch_at(at, layout.rows))
-            state, new = step(state, batch, key, *((count,) if per_call > 1 else ()))
-            if in_turn:
-                jax.block_until_ready((state, new))
-            read(at)  # one call behind, so that the device never waits for Python
-            unread, at = new, at + count
+    with signals() as received, _bar(steps, at, unit) as bar:
+        while at < steps or due:
+            if not due:
+                count = min(per_call - at % per_call, steps - at)
+                batch = batch_at(at) if layout is None else layout.join(batch_at(at, layout.rows))
+                state, new = step(state, batch, key, *((count,) if per_call > 1 else ()))
+                if in_turn:
+                    jax.block_until_ready((state, new))
+                read(at)  # one call behind, so that the device never waits for Python
+                unread, at = new, at + count
+                timer.tick(count)
+                bar.update(count)
+            due = False
             log, evaluate = at % log_every == 0 or at == steps, at % eval_every == 0 or at == steps
             save_now: int = time.perf_counter() - timer.saved > 60 * save_minutes
             stop = received[0] if received else 0  # looked at once: a signal may come at any moment
@@ -172,12 +157,12 @@ def fit(
                 save_now, stop = processes.agree(save_now, stop) if log or evaluate else (False, 0)
             if log or evaluate or save_now or stop:
                 read(at)
-            timer.tick(count)
-            bar.update(count)
+            before = list(rows)
             if log:
-                line = {name: math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]}
+                line = {name: math.fsum(row[name] for row in rows) / len(rows) for name in (rows or [{}])[0]}
                 rows.clear()
-                metrics.write(at, **line)
+                if line:
+                    metrics.write(at, **line)
                 speed = timer.lap(items)
                 timings.write(
                     at, seconds=seconds(resumed, started), **({} if speed is None else {f"{unit}_per_second": speed})
@@ -186,7 +171,11 @@ def fit(
                 bar.set_postfix({**shown, **({} if speed is None else {f"{unit}/s": f"{speed:,.0f}"})}, refresh=False)
             if evaluate:
                 timer.pause()
-                values = validate(local(state))
+                here = local(state)
+                values = validate(here) if several else received.call(validate, here)
+                if values is None:  # as if its lines were not yet written: resuming writes them and validates
+                    save(step=at - 1, rows=before)
+                    _interrupt(received[0], at, steps, checkpoints)
                 for name, value in values.items():
                     _check(name, value, at, checkpoints)
                 metrics.write(at, **values)
@@ -217,7 +206,8 @@ def _check_calls(per_call: int, **intervals: int) -> None:
 def _interrupt(number: int, at: int, steps: int, checkpoints: Checkpoints) -> NoReturn:
     checkpoints.wait()
     name = signal.Signals(number).name
-    raise Interrupted(f"{name}: saved step {at:,} of {steps:,} in {checkpoints.directory}", 128 + number)
+    code = 0 if number == signal.SIGTERM else 128 + number
+    raise Interrupted(f"{name}: saved step {at:,} of {steps:,} in {checkpoints.directory}", code)
 
 
 class _Timer:
@@ -245,17 +235,20 @@ class _Timer:
 
 
 def _check(name: str, value: float, step: int, checkpoints: Checkpoints) -> None:
-    if not math.isfinite(value):
-        steps = checkpoints.steps()
-        good = (
-            f"the last good checkpoint is step {steps[-1]:,} in {checkpoints.directory}"
-            if steps
-            else ("no checkpoint was written before it")
-        )
-        raise NonFinite(
-            f"{name} is {value} at step {step:,}; {good}; in a new --workdir try a lower learning rate, a lower clip, "
-            "or float32"
-        )
+    if _bad(value):
+        raise NonFinite(_not_finite(f"{name} is {value} at step {step:,}", checkpoints))
+
+
+def _bad(value: float) -> bool:
+    return not math.isfinite(value)
+
+
+def _not_finite(what: str, checkpoints: Checkpoints) -> str:
+    steps = checkpoints.steps()
+    good = "no checkpoint was written before it"
+    if steps:
+        good = f"the last good checkpoint is step {steps[-1]:,} in {checkpoints.directory}"
+    return f"{what}; {good}; in a new --workdir try a lower learning rate, a lower clip, or float32"
 
 
 def _bar(steps: int, at: int, unit: str) -> Any:
@@ -269,27 +262,3 @@ def _bar(steps: int, at: int, unit: str) -> Any:
         smoothing=0.1,
         disable=not processes.is_main(),
     )
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them; a second one acts at once."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, _frame: Any) -> None:
-        received.append(number)
-        print("\nstopping when the step or validation now running is done; again to stop at once", file=sys.stderr)
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,10 +1,15 @@
 """What a run writes down: JSON lines that survive a kill, a summary, and a picture of the curves."""
 
+import contextlib
+import io
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+LARGEST = 1e30  # of what is drawn or averaged
 
 
 class JsonLines:
@@ -19,7 +24,7 @@ class JsonLines:
         step: the step that the run resumes from; 0 starts afresh.
 
     Raises:
-        ValueError: a line before the last is not a JSON object with a step.
+        ValueError: a line before the last is not a JSON object with a step, or the file cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike, step: int):
@@ -30,17 +35,31 @@ class JsonLines:
                 if row["step"] > step:
                     break
                 keep = end
-        self._file = self.path.open("ab")
-        self._file.truncate(keep if step else 0)
+        try:
+            self._file = self.path.open("ab", buffering=0)  # nothing is left to fail when it is closed
+            self._file.truncate(keep if step else 0)
+        except OSError as error:
+            raise ValueError(f"cannot write {self.path} ({error.strerror}); choose another --workdir") from error
 
     def write(self, step: int, **values: float | str) -> None:
         """Appends a line; NaN and infinity are refused with a ValueError."""
-        self._file.write((json.dumps({"step": step, **values}, allow_nan=False) + "\n").encode())
-        self._file.flush()
+        line = (json.dumps({"step": step, **values}, allow_nan=False) + "\n").encode()
+        with self._named():
+            while line:
+                line = line[self._file.write(line) :]
 
     def sync(self) -> None:
         """Returns once every line is on the disk, so that no checkpoint is ahead of its metrics."""
-        os.fsync(self._file.fileno())
+        with self._named():
+            os.fsync(self._file.fileno())
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Puts the file's name into an OSError."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def close(self) -> None:
         """Closes the file."""
@@ -53,6 +72,27 @@ class JsonLines:
         self.close()
 
 
+def open_lines(folder: str | os.PathLike, step: int, *names: str) -> list[JsonLines]:
+    """Opens `metrics.jsonl` and `timings.jsonl` of a folder, or the files of these names, all or none.
+
+    Args:
+        folder: where they are.
+        step: as of `JsonLines`.
+        names: without their suffix.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: as `JsonLines`.
+    """
+    with contextlib.ExitStack() as stack:
+        paths = [Path(folder) / f"{name}.jsonl" for name in names or ("metrics", "timings")]
+        files = [stack.enter_context(JsonLines(path, step)) for path in paths]
+        stack.pop_all()
+    return files
+
+
 def _rows(path: Path):
     """Yields each row of a file and the offset where it ends; a torn last line ends the iteration."""
     end = 0
@@ -60,9 +100,9 @@ def _rows(path: Path):
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            if not line.endswith(b"\n") or not isinstance(row["step"], int):
+            if not line.endswith(b"\n") or type(row["step"]) is not int:
                 raise ValueError("torn")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
             if number == len(lines):
                 return
             raise ValueError(
@@ -88,19 +128,35 @@ def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
     return [row for row, _ in _rows(Path(path))]
 
 
+def series(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    """Returns (step, value) of the rows whose `key` is a finite number, so that nothing else is ever computed with."""
+    found = [(row["step"], row[key]) for row in rows if type(row.get(key)) in (int, float)]
+    return [(step, value) for step, value in found if abs(value) < LARGEST]
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Replaces a file in one step: after a kill it holds the old text or the new one, never a part."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Replaces a file in one step; see `write_text`."""
     path = Path(path)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=path.name, delete=False) as file:
-        try:
-            file.write(text)
-            file.flush()
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with open(descriptor, "wb", buffering=0) as file:
+            view = memoryview(content)
+            while view:
+                view = view[file.write(view) :]
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except OSError as error:
+        Path(name).unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -138,7 +194,7 @@ def plot_curves(
         (valid, "validation", {"color": "#c2410c", "lw": 2, "marker": "o", "ms": 4.5, "mec": "white"}),
     )
     for key, name, style in curves:
-        points = [(row["step"], row[key]) for row in rows if key in row]
+        points = series(rows, key)
         if not points:
             continue
         axes.plot(*zip(*points, strict=True), label=name, **style)
@@ -156,7 +212,7 @@ def plot_curves(
                 fontsize=9,
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1},
             )
-    seen = sorted(row[key] for row in rows for key in (train, valid) if key in row)
+    seen = sorted(value for key in (train, valid) for _, value in series(rows, key))
     if seen:  # the first steps are far above all others and would flatten the rest
         top = seen[min(len(seen) - 1, int(0.98 * len(seen)))]
         low, span = seen[0], max(top - seen[0], 1e-3)
@@ -169,7 +225,6 @@ def plot_curves(
     axes.grid(axis="y", color="0.92")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    with tempfile.NamedTemporaryFile(dir=Path(path).parent, suffix=".png", delete=False) as file:
-        figure.savefig(file, format="png", dpi=150)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    write_bytes(path, image.getvalue())

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, Literal, Optional
 
 import flax.struct
 import jax
@@ -39,7 +39,11 @@ class TrainState:
 
 
 def make_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, layout: Optional["Layout"] = None
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    layout: Optional["Layout"] = None,
+    *,
+    non_finite: Literal["stop", "skip"] = "stop",
 ) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
     """Builds the training step: one jitted function that donates its state.
 
@@ -47,13 +51,19 @@ def make_step(
         loss_fn: (params, carry, batch, key) -> (scalar loss, (new carry, dict of scalar metrics)).
         optimizer: an optax transformation.
         layout: how state and batch lie on several devices; None for one.
+        non_finite: what to do with a loss or gradient that is NaN or infinite. `stop` leaves it to the caller, who
+            sees the metrics; `skip` leaves all of the state as it was but for the step number, so that the next batch
+            comes, and adds the metric `skipped`, 1 for such a step and 0 otherwise.
 
     Returns:
         step(state, batch, key) -> (new state, metrics). `key` is the run's key: the step folds its own number into
         it, so that a resumed run draws what it would have drawn. The metrics gain `loss` and `grad_norm` (before
         clipping); if both are finite, so are the new parameters.
+
+    Raises:
+        ValueError: `non_finite` is neither.
     """
-    return jax.jit(_one_step(loss_fn, optimizer, layout), donate_argnums=0)
+    return jax.jit(_one_step(loss_fn, optimizer, layout, non_finite), donate_argnums=0)
 
 
 def make_steps(
@@ -61,18 +71,20 @@ def make_steps(
     optimizer: optax.GradientTransformation,
     batch_at: Callable[[Any, Array], Any],
     layout: Optional["Layout"] = None,
+    *,
+    non_finite: Literal["stop", "skip"] = "stop",
 ) -> Callable[[TrainState, Any, Array, int], tuple[TrainState, dict[str, Array]]]:
     """Builds a function that makes several training steps on the device, without the host.
 
     Args:
-        loss_fn, optimizer, layout: as in `make_step`.
+        loss_fn, optimizer, layout, non_finite: as in `make_step`.
         batch_at: (data, step number, a traced int32) -> batch; for example `hyperjax.data.window_at`.
 
     Returns:
         steps(state, data, key, count) -> (state after `count` steps, metrics [count]). It compiles once per
         `count`, donates the state and draws what `make_step` would draw, to rounding.
     """
-    one = _one_step(loss_fn, optimizer, layout)
+    one = _one_step(loss_fn, optimizer, layout, non_finite)
 
     @partial(jax.jit, static_argnums=3, donate_argnums=0)
     def steps(state, data, key, count):
@@ -81,7 +93,12 @@ def make_steps(
     return steps
 
 
-def _one_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, layout: Optional["Layout"]):
+def _one_step(
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, layout: Optional["Layout"], non_finite: str
+) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
+    if non_finite not in ("stop", "skip"):
+        raise ValueError(f"non_finite is {non_finite!r}, expected stop or skip")
+
     def loss_of(params: Any, carry: Any, batch: Any, key: Array) -> tuple[Array, tuple[Any, dict[str, Array]]]:
         return loss_fn(params if layout is None else layout.gather(params), carry, batch, key)
 
@@ -98,6 +115,11 @@ def _one_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, layout: 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": loss, **metrics, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, opt_state, carry), metrics
+        new = TrainState(state.step + 1, params, opt_state, carry)
+        if non_finite == "skip":
+            good = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
+            kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
+            new, metrics["skipped"] = kept.replace(step=state.step + 1), 1 - good.astype(jnp.int32)
+        return new, metrics
 
     return step
