@@ -128,7 +128,7 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarra
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is no whole npz; write it with numpy.savez")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             lacking = [name for name in ("edges", "features", "labels") if name not in file]
             wanted = ("edges", "features", "labels", "train_mask")
             found = {name: np.asarray(file[name]) for name in wanted if name in file}

@@ -270,7 +270,7 @@ def new_figure(size: tuple[float, float]) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the experiment. Bad input exits with 2, a loss that is not finite with 1, a signal with 128 + its number."""
+    """Runs the experiment. Bad input exits with 2, a loss that is not finite with 1, Ctrl-C with 130."""
     started = time.perf_counter()
     config = training.parse(defaults, ("preset", "data", "model"), argv, description=__doc__, prog="multitask_snr.py")
     with training.bad_input(__file__), training.bad_input(routing_models.__file__):

@@ -287,7 +287,7 @@ def draw(config: Config, summary: dict[str, Any], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the experiment. Bad input exits with 2, a loss that is not finite with 1, a signal with 128 + its number."""
+    """Runs the experiment. Bad input exits with 2, a loss that is not finite with 1, Ctrl-C with 130."""
     started = time.perf_counter()
     config = training.parse(defaults, ("preset",), argv, description=__doc__, prog="share_basics.py")
     with training.bad_input(__file__), training.bad_input(basics_graphs.__file__):

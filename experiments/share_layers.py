@@ -262,7 +262,7 @@ def report(config: Config, summary: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the experiment. Bad input exits with 2, a loss that is not finite with 1, a signal with 128 + its number."""
+    """Runs the experiment. Bad input exits with 2, a loss that is not finite with 1, Ctrl-C with 130."""
     started = time.perf_counter()
     config = training.parse(defaults, ("preset", "data"), argv, description=__doc__, prog="share_layers.py")
     with (

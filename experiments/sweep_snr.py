@@ -277,7 +277,7 @@ def draw_figures(config: Config, rows: list[Figures], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the sweep. Bad input exits with 2, outputs that are not finite with 1, a signal with 128 + its number."""
+    """Runs the sweep. Bad input exits with 2, outputs that are not finite with 1, Ctrl-C with 130."""
     started = time.perf_counter()
     config = training.parse(defaults, ("preset", "data"), argv, description=__doc__, prog="sweep_snr.py")
     with training.bad_input(__file__), training.bad_input(routing_models.__file__):
