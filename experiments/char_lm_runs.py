@@ -1,7 +1,6 @@
 """Runs of char_lm.py, opened again: what they were, and the parameters of their best checkpoint."""
 
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -64,10 +63,10 @@ def _read_config(workdir: Path, data_dir: str | None) -> char_lm.Config:
     if not os.path.exists(path):
         raise ValueError(f"{workdir} holds no run, for it has no config.json; give the --workdir of a run")
     try:
-        config = char_lm.Config(**json.loads(path.read_text(encoding="utf-8")))
+        config = training.read_config(path, char_lm.Config)
         char_lm.defaults(config.preset, config.model)
         char_lm.check(config)
-    except (OSError, ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not the configuration of a run of char_lm.py ({error}); restore it") from error
     return dataclasses.replace(config, data_dir=data_dir or config.data_dir)
 

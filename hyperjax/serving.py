@@ -7,7 +7,7 @@ run = jax.export.deserialize(bytearray(path.read_bytes())).call
 y = run(x)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ def export(
     function: Callable[..., Any],
     *examples: Any,
     free: Axes | Sequence[Axes] = ("batch",),
+    most: Mapping[str, int] | None = None,
     platforms: Sequence[str] = PLATFORMS,
 ) -> bytes:
     """Serialises a pure function, with the arrays that it closes over inside.
@@ -31,13 +32,15 @@ def export(
         *examples: pytrees of arrays like those that it will be called with.
         free: names of the leading axes of every array whose lengths may differ from call to call; axes of one name are
             of one length. Or such names for each example: `[("batch", "length"), ("batch",)]`. () fixes all lengths.
+        most: largest lengths of axes, by name, where the function asks: of a table of positions, for example.
         platforms: what it shall run on: "cpu", "cuda", "rocm", "tpu".
 
     Returns:
         The bytes of `jax.export.Exported.serialize`.
 
     Raises:
-        ValueError: an example has fewer axes than are free, axes of one name differ, or a platform is unknown.
+        ValueError: an example has fewer axes than are free, axes of one name differ, `most` names no free axis, or a
+            platform is unknown.
     """
     if unknown := [name for name in platforms if name not in KNOWN]:
         raise ValueError(f"platform {unknown[0]!r} is unknown, expected some of {', '.join(KNOWN)}")
@@ -56,7 +59,9 @@ def export(
                     raise ValueError(
                         f"inputs have {lengths[name]} and {length} along {name}, expected one length; or name it apart"
                     )
-    scope = jax_export.SymbolicScope()
+    if strange := [name for name in most or {} if name not in lengths]:
+        raise ValueError(f"most has {strange[0]!r}, which is no free axis, expected some of {', '.join(lengths)}")
+    scope = jax_export.SymbolicScope([f"{name} <= {length}" for name, length in (most or {}).items()])
     symbols = {name: jax_export.symbolic_shape(name, scope=scope)[0] for name in lengths}
 
     def shape(names: Axes, leaf: Any) -> jax.ShapeDtypeStruct:

@@ -14,7 +14,7 @@ import hyperjax as hj
 from hyperjax import hypernet, pruning, routing
 from hyperjax.recurrent import LanguageModel
 from hyperjax.serving import export
-from hyperjax.transformer import Config
+from hyperjax.transformer import Config, Decoder
 
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(0, 20, (2, 6)).astype(np.int32)
@@ -119,6 +119,23 @@ def test_all_lengths_may_be_fixed():
         run(np.ones((3, 3), np.float32))
 
 
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_the_length_of_a_transformer_may_be_free(positions):
+    model = Decoder(Config(20, layers=2, width=16, heads=2, ffn=16, positions=positions, length=30))
+    variables = random_variables(model, TOKENS)
+    exported = export(
+        lambda tokens: model.apply(variables, tokens)["logits"],
+        TOKENS,
+        free=("batch", "length"),
+        most={"length": 30},
+    )
+    run = jax.export.deserialize(bytearray(exported)).call
+    for shape in ((1, 30), (5, 1)):
+        tokens = RNG.integers(0, 20, shape).astype(np.int32)
+        wanted = np.asarray(model.apply(variables, tokens)["logits"])
+        np.testing.assert_allclose(run(tokens), wanted, rtol=0, atol=1e-6 * max(1.0, float(np.abs(wanted).max())))
+
+
 def test_it_runs_on_the_platforms_asked_for_and_no_other():
     exported = jax.export.deserialize(bytearray(export(jnp.sin, np.ones(2, np.float32), platforms=("cpu", "tpu"))))
     assert exported.platforms == ("cpu", "tpu")
@@ -134,6 +151,7 @@ def test_it_runs_on_the_platforms_asked_for_and_no_other():
             r"an input has shape \(2, 3\), too few axes for free batch, length, more",
         ),
         ({"free": ("batch", "length")}, "inputs have 3 and 4 along length, expected one length; or name it apart"),
+        ({"most": {"length": 9}}, "most has 'length', which is no free axis, expected some of batch"),
         ({"free": [("batch",)]}, "free names the axes of 1 examples, but there are 2"),
     ],
 )

@@ -1,6 +1,7 @@
 """What every experiment shares: the step, the loop, checkpoints, metrics and the command line."""
 
 from hyperjax.training.checkpoint import Checkpoints, NotSaved
+from hyperjax.training.configs import read_config
 from hyperjax.training.evaluation import Evaluation, make_evaluate
 from hyperjax.training.experiment import Workdir, bad_input, count, device, environment, parse, print_summary, say
 from hyperjax.training.interrupts import Interrupted, NonFinite, stopping
@@ -45,6 +46,7 @@ __all__ = [
     "parse",
     "plot_curves",
     "print_summary",
+    "read_config",
     "read_lines",
     "say",
     "schedule",

@@ -40,9 +40,10 @@ class Rotary(NamedTuple):
     @classmethod
     def at(cls, used: Any, length: int, room: int | None, width: int) -> "Rotary":
         """The angles of `length` positions behind `used` ones of at most `room`."""
-        if isinstance(used, int):
+        known = isinstance(length, int)  # and not a symbol, of a program that is exported for any
+        if known and isinstance(used, int):
             return cls.of(np.arange(used, used + length)[None], width)
-        if room is None or room > TABLE:
+        if not known or room is None or room > TABLE:
             return cls.of(used + jnp.arange(length)[None], width)
         table = cls.of(np.arange(room)[None], width)
         return cls(*(jax.lax.dynamic_slice_in_dim(jnp.asarray(a), used, length, 1) for a in table))
