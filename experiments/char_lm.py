@@ -221,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     started = time.perf_counter()
     config = training.parse(defaults, argv=argv, description=__doc__, prog="char_lm.py")
-    with training.bad_input(__file__), training.bad_input(char_lm_presets.__file__):
+    with training.bad_input(__file__, char_lm_presets.__file__):
         check(config)
         make_model(config, vocabulary=1)  # raises for what does not go together
         layout = training.lay_out(config, batch=config.batch)

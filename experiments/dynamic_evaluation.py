@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status; 2 for bad input.
     """
     config = training.parse(Config, (), argv, description=__doc__, prog="dynamic_evaluation.py")
-    with training.bad_input(__file__), training.bad_input(char_lm_runs.__file__):
+    with training.bad_input(__file__, char_lm_runs.__file__):
         check(config)
         workdir = config.workdir.expanduser()
         run, corpus, model, restore = char_lm_runs.open_run(workdir, config.data_dir)

@@ -205,11 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the experiment. Bad input exits with 2, a loss that is not finite with 1, Ctrl-C with 130."""
     started = time.perf_counter()
     config = training.parse(defaults, ("preset", "data"), argv, description=__doc__, prog="dynamic_pruning.py")
-    with (
-        training.bad_input(__file__),
-        training.bad_input(pruning_methods.__file__),
-        training.bad_input(text_tasks.__file__),
-    ):
+    with training.bad_input(__file__, pruning_methods.__file__, text_tasks.__file__):
         check(config)
         layout = training.lay_out(config, batch=config.batch)
         workdir = training.Workdir(

@@ -106,10 +106,27 @@ def make_family(config: Config) -> Any:
     return Digits(rng, config.train_tasks, config.degrees, config.permutations)
 
 
+def make_hyper(config: Config, family: Any) -> HyperNetwork:
+    """The hypernetwork, with an embedding for each task that it is trained on."""
+    return HyperNetwork.from_target(
+        family.model,
+        family.example,
+        embedding_dim=config.embedding_dim,
+        num_embeddings=config.train_tasks,
+        generator=family.generator,
+    )
+
+
+def initial(config: Config, family: Any, hyper: HyperNetwork) -> dict[str, Any]:
+    """The variables that training starts from, those included that it leaves alone."""
+    key, _ = jax.random.split(jax.random.key(config.seed))
+    return dict(jax.jit(lambda key: hyper.init(key, family.example, task_id=0))(key))
+
+
 def train(config: Config, workdir: training.Workdir, family: Any, hyper: HyperNetwork, started: float):
     """Trains the hypernetwork, or goes on training; returns its best variables, their error, and seconds so far."""
-    init_key, train_key = jax.random.split(jax.random.key(config.seed))
-    variables = dict(jax.jit(lambda key: hyper.init(key, family.example, task_id=0))(init_key))
+    _, train_key = jax.random.split(jax.random.key(config.seed))
+    variables = initial(config, family, hyper)
     rate = training.schedule(config.learning_rate, config.steps, config.decay)
     optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(rate))
     state = training.TrainState.create(variables.pop("params"), optimizer)
@@ -260,13 +277,7 @@ def plot(rows: list[dict[str, Any]], family: Any, title: str, path: Any) -> None
 def run(config: Config, workdir: training.Workdir, started: float) -> dict[str, Any]:
     """Trains and compares; returns the summary."""
     family = make_family(config)
-    hyper = HyperNetwork.from_target(
-        family.model,
-        family.example,
-        embedding_dim=config.embedding_dim,
-        num_embeddings=config.train_tasks,
-        generator=family.generator,
-    )
+    hyper = make_hyper(config, family)
     variables, valid_error, seconds = train(config, workdir, family, hyper, started)
     began, size = time.perf_counter(), target_size(family)
     rows = compare(config, family, Learners(family, hyper, variables, config.start))

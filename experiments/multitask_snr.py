@@ -273,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the experiment. Bad input exits with 2, a loss that is not finite with 1, Ctrl-C with 130."""
     started = time.perf_counter()
     config = training.parse(defaults, ("preset", "data", "model"), argv, description=__doc__, prog="multitask_snr.py")
-    with training.bad_input(__file__), training.bad_input(routing_models.__file__):
+    with training.bad_input(__file__, routing_models.__file__):
         check(config)
         layout = training.lay_out(config, batch=config.batch)
         default = f"runs/multitask_snr-{config.preset}-{config.data}-{config.model}"

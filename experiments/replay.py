@@ -74,7 +74,7 @@ def report(found: Examined) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Replays the step; returns the exit status, 2 for bad input."""
     config = training.parse(Config, (), argv, description=__doc__, prog="replay.py")
-    with training.bad_input(__file__), training.bad_input(char_lm_runs.__file__):
+    with training.bad_input(__file__, char_lm_runs.__file__):
         if not config.workdir:
             raise ValueError("--workdir is missing; give the folder of a run of char_lm.py")
         workdir = Path(config.workdir).expanduser()

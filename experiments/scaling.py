@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the experiment; returns the exit status, 2 for bad input."""
     started = time.perf_counter()
     config = training.parse(defaults, argv=argv, description=__doc__, prog="scaling.py")
-    with training.bad_input(__file__), training.bad_input(scaling_cases.__file__):
+    with training.bad_input(__file__, scaling_cases.__file__):
         check(config)
         most = max(math.prod(mesh_shape(mesh).values()) for mesh in config.meshes)
         if len(jax.devices("cpu")) < most:

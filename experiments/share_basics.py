@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the experiment. Bad input exits with 2, a loss that is not finite with 1, Ctrl-C with 130."""
     started = time.perf_counter()
     config = training.parse(defaults, ("preset",), argv, description=__doc__, prog="share_basics.py")
-    with training.bad_input(__file__), training.bad_input(basics_graphs.__file__):
+    with training.bad_input(__file__, basics_graphs.__file__):
         check(config)
         layout = training.lay_out(config, batch=config.batch)
         workdir = training.Workdir(config.workdir or f"runs/share_basics-{config.preset}", config, FREE, layout)

@@ -280,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the sweep. Bad input exits with 2, outputs that are not finite with 1, Ctrl-C with 130."""
     started = time.perf_counter()
     config = training.parse(defaults, ("preset", "data"), argv, description=__doc__, prog="sweep_snr.py")
-    with training.bad_input(__file__), training.bad_input(routing_models.__file__):
+    with training.bad_input(__file__, routing_models.__file__):
         check(config)
         layout = training.lay_out(config)
         kind = {"synthetic": f"-{config.correlation:g}", "census": f"-{config.group}"}.get(config.data, "")

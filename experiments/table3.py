@@ -140,7 +140,7 @@ def _read(path: Path) -> Any:
 def main(argv: list[str] | None = None) -> int:
     """Collects and prints; returns the exit status, 2 for bad input."""
     config = training.parse(Config, (), argv, description=__doc__, prog="table3.py")
-    with training.bad_input(__file__), training.bad_input(char_lm_presets.__file__):
+    with training.bad_input(__file__, char_lm_presets.__file__):
         if config.preset not in PRESETS:
             raise ValueError(f"--preset is {config.preset}, expected {' or '.join(PRESETS)}")
         found = {workdir: read_run(workdir) for workdir in config.workdirs}

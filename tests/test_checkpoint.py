@@ -220,3 +220,29 @@ def test_meta_is_read_without_the_arrays(tmp_path):
     damage_metadata(tmp_path / "1")
     with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
         Checkpoints(tmp_path).meta()
+
+
+def test_a_checkpoint_can_be_read_without_knowing_what_is_in_it(tmp_path):
+    save(tmp_path, 1, 2, 3, values=(2.0, 1.0, 3.0))
+    for best, step in ((False, 3), (True, 2)):
+        raw, meta = Checkpoints(tmp_path).restore_raw(best)
+        wanted = make_state(step)
+        assert meta == {"seconds": step / 3}
+        assert int(raw["step"]) == step
+        assert sorted(raw["params"]) == ["half", "w"]
+        assert_same(raw["params"], wanted.params)
+        assert_same(raw["opt_state"], list(wanted.opt_state))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's own, from a reader that failed
+def test_what_is_damaged_is_not_read_raw_either(tmp_path):
+    save(tmp_path, 1, 2, values=(2.0, 1.0))
+    tear_arrays(tmp_path / "2")
+    checkpoints = Checkpoints(tmp_path)
+    assert int(checkpoints.restore_raw(best=True)[0]["step"]) == 1
+    assert "checkpoint 2 is damaged (its arrays" in checkpoints.notes[0]
+    tear_arrays(tmp_path / "1")
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
+        Checkpoints(tmp_path).restore_raw()
+    with pytest.raises(ValueError, match="there is no checkpoint in"):
+        Checkpoints(tmp_path / "nothing").restore_raw()

@@ -55,7 +55,7 @@ class ConvNet(nn.Module):
                 x
             )
             x = nn.relu(_max_pool(x))
-        return nn.Dense(self.classes, name="head")(x.reshape(len(x), -1))
+        return nn.Dense(self.classes, name="head")(x.reshape(x.shape[0], -1))
 
 
 class Block(nn.Module):

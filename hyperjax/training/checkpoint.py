@@ -175,6 +175,31 @@ class Checkpoints(Generic[T]):
                 f"the best checkpoint ({self.best[0]}) in {self.directory} is damaged ({error}); restore a copy of it"
             ) from error
 
+    def restore_raw(self, best: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Restores a checkpoint without knowing what is in it: nothing has to be built first, the optimizer least.
+
+        Args:
+            best: the one with the lowest value, if any was evaluated and it is whole; else, the newest that is whole.
+
+        Returns:
+            The state as nested dicts and lists of NumPy arrays, and the `meta` it was saved with.
+
+        Raises:
+            ValueError: there is no checkpoint, or every one is damaged.
+        """
+        steps = self.steps()
+        if best and (found := self._best_on_disk(steps)) is not None:
+            steps = [*(step for step in steps if step != found), found]
+        for step in reversed(steps):
+            try:
+                item = self._read_item(step)
+                return self._read_arrays(step, item), item["meta"]
+            except Damaged as error:
+                self.notes.append(f"checkpoint {step} is damaged ({error}): passed over")
+        if steps:
+            raise ValueError(f"every checkpoint in {self.directory} is damaged; restore a copy of one")
+        raise ValueError(f"there is no checkpoint in {self.directory}; let the run go on until it has saved one")
+
     def wait(self) -> None:
         """Returns when everything saved is on disk; raises NotSaved if anything went wrong in the background."""
         if self._manager is not None:
@@ -265,16 +290,30 @@ class Checkpoints(Generic[T]):
         _compare(step, item["arrays"], _describe(like))
         # NumPy arrays: those of JAX would have to lie on the devices that they were saved from.
         host = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), like)
+        return jax.tree.map(jnp.asarray, self._read_arrays(step, item, host)), item
+
+    def _best_on_disk(self, steps: Sequence[int]) -> int | None:
+        """The best checkpoint, if it is there, as the newest one that can be read knows it."""
+        for step in reversed(steps):
+            with contextlib.suppress(Damaged):
+                best = self._read_item(step)["best"]
+                return best[0] if best and best[0] in steps else None
+        return None
+
+    def _read_arrays(self, step: int, item: dict[str, Any], like: Any = None) -> Any:
+        """Reads and checks the arrays of one checkpoint; raises Damaged."""
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler("state")) as reader:
             try:
-                wanted = ocp.args.Composite(state=ocp.args.StandardRestore(host))
+                wanted = ocp.args.Composite(state=ocp.args.StandardRestore(like))
                 state = reader.restore(self.directory / str(step), wanted)["state"]
+                by_name = dict(leaves(state))
+                whole = [by_name[name] for name in item["arrays"]]  # in the order of the digest
             except Exception as error:
                 raise Damaged(f"its arrays cannot be read, {_line(error)}") from error
         kind = "sha256" if "sha256" in item else "sums"
-        if digest(kind, state) != item[kind]:
+        if digest(kind, whole) != item[kind]:
             raise Damaged("its arrays do not match their digest")
-        return jax.tree.map(jnp.asarray, state), item
+        return state
 
     def _move_aside(self, step: int) -> None:
         if processes.is_main():

@@ -37,19 +37,19 @@ def fail(message: object) -> NoReturn:
 
 
 @contextlib.contextmanager
-def bad_input(script: str) -> Iterator[None]:
+def bad_input(*scripts: str) -> Iterator[None]:
     """Turns a ValueError that our own code raises into its line and exit status 2.
 
     A ValueError from within a library keeps its traceback: that is a bug, not bad input.
 
     Args:
-        script: the experiment's `__file__`.
+        *scripts: `__file__` of the experiment, and of its modules whose errors are lines too.
     """
     try:
         yield
     except ValueError as error:
         origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        if origin != Path(script).resolve() and PACKAGE not in origin.parents:
+        if origin not in {Path(script).resolve() for script in scripts} and PACKAGE not in origin.parents:
             raise
         fail(error)
 

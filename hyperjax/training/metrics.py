@@ -131,7 +131,7 @@ def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
 def series(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
     """Returns (step, value) of the rows whose `key` is a finite number, so that nothing else is ever computed with."""
     found = [(row["step"], row[key]) for row in rows if type(row.get(key)) in (int, float)]
-    return [(step, value) for step, value in found if abs(value) < LARGEST]
+    return [(step, float(value)) for step, value in found if abs(value) < LARGEST]
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
