@@ -121,9 +121,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = training.parse(Config, (), argv, description=__doc__, prog="export.py")
     with training.bad_input(__file__, *export_runs.FILES):
         out = check(config)
-        served = export_runs.open_run(Path(config.workdir).expanduser(), config.function, config.task, config.data_dir)
-        examples = served.inputs(2)
-        content = serving.export(served.run, *examples.values(), free=served.free, platforms=config.platforms)
+        fixed, workdir = config.batch is not None, Path(config.workdir).expanduser()
+        served = export_runs.open_run(workdir, config.function, config.task, config.data_dir, fixed)
+        examples = served.inputs(config.batch or 2)
+        free = () if fixed else served.free
+        content = serving.export(served.run, *examples.values(), free=free, platforms=config.platforms)
     try:
         write_bytes(out, content)
     except OSError as error:
@@ -136,7 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"wrote   {out}, {len(content) / MIB:.3f} MiB, for {', '.join(exported.platforms)}\n"
         f"inputs  {signature(examples, exported)}"
     )
-    if "cpu" not in config.platforms and jax.default_backend() == "cpu":
+    here = {"gpu": ("cuda", "rocm")}.get(jax.default_backend(), (jax.default_backend(),))
+    if not set(here) & set(config.platforms):
         print("not measured: this machine is none of its platforms")
         return 0
     batches = config.batches if config.batch is None else (config.batch,)
