@@ -172,6 +172,7 @@ def run(config: Config, corpus: Corpus, streams: Streams, workdir: training.Work
             started=started,
             save_minutes=config.save_minutes,
             layout=workdir.layout,
+            profile=config.profile,
             max_skipped=config.max_skipped,
         )
 

@@ -5,7 +5,7 @@ import math
 from typing import Any, Literal
 
 from hyperjax.recurrent import CELLS, PAPER_MODELS
-from hyperjax.training import Devices
+from hyperjax.training import Watched
 
 # Units that give every model the same number of parameters within 1 %: 350,000 on pydoc, 1,000,000 on PTB.
 UNITS = {
@@ -50,7 +50,7 @@ FREE = ("workdir", "data_dir", "save_minutes", "keep_checkpoints", "part_mib", "
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Devices):
+class Config(Watched):
     """Settings of a run; --preset and --model choose the defaults of the others."""
 
     preset: str = "quick"  # quick, cpu, reduced, paper, wikipedia, levers or beyond

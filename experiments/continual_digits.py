@@ -33,7 +33,7 @@ LEARNERS = ("regularised", "plain")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(training.Devices):
+class Config(training.Watched):
     """Settings of a run; --preset and --tasks choose the defaults of the others."""
 
     preset: str = "quick"  # quick, cpu or paper
@@ -246,6 +246,7 @@ def run(config: Config, images: Images, tasks: list[Task], workdir: training.Wor
             resumed=resumed,
             started=started,
             layout=workdir.layout,
+            profile=config.profile,
         )
     names, matrices = [task.name for task in tasks], read_matrices(metrics.path, state.params, len(tasks))
     summary = {"tasks": config.tasks, "data": images.name, "num_tasks": len(tasks), "beta": config.beta}

@@ -38,7 +38,7 @@ DENSE = ("dense",)  # has no budget
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(training.Devices):
+class Config(training.Watched):
     """Settings; --preset and --data choose the defaults of the others."""
 
     preset: str = "quick"  # quick or cpu

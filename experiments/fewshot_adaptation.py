@@ -38,7 +38,7 @@ FREE = ("workdir", "save_minutes", "keep_checkpoints")  # a run may resume with 
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(training.Devices):
+class Config(training.Watched):
     """Settings of a run; --preset and --tasks choose the defaults of the others."""
 
     preset: str = "quick"  # quick or cpu
@@ -180,6 +180,7 @@ def train(config: Config, workdir: training.Workdir, family: Any, hyper: HyperNe
             started=started,
             save_minutes=config.save_minutes,
             layout=workdir.layout,
+            profile=config.profile,
         )
     best = checkpoints.restore_best(state)
     valid_error = checkpoints.best[1] if checkpoints.best else math.nan

@@ -34,7 +34,7 @@ FREE = ("workdir", "data_file", "save_minutes", "keep_checkpoints")  # a run may
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(training.Devices):
+class Config(training.Watched):
     """Settings of a run; --preset chooses the defaults of the others."""
 
     preset: str = "quick"  # quick, cpu or paper
@@ -250,6 +250,7 @@ def run(config: Config, data: Images, batches: Batches, workdir: training.Workdi
             unit="images",
             started=started,
             layout=workdir.layout,
+            profile=config.profile,
             **kept,
             **{name: getattr(config, name) for name in ("eval_every", "log_every", "save_minutes")},
         )

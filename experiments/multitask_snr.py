@@ -32,7 +32,7 @@ FREE = ("workdir", "data_file", "test_file", "save_minutes")  # a run may resume
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(training.Devices):
+class Config(training.Watched):
     """Settings of a run; --preset, --data and --model choose the defaults of the others."""
 
     preset: str = "quick"  # quick or cpu
@@ -216,6 +216,7 @@ def run(config: Config, data: TaskData, model: nn.Module, workdir: training.Work
             resumed=resumed,
             started=started,
             layout=workdir.layout,
+            profile=config.profile,
         )
     network = jax.tree.map(np.asarray, state.params["network"])
     found = {f"{split}_{name}": value for split in ("valid", "test") for name, value in scores(network, split).items()}

@@ -173,6 +173,7 @@ def train(
                 resumed={**resumed, "seconds": 0.0},  # `started` is moved by them
                 started=started,
                 layout=layout,
+                profile=config.profile,
             )
     label = "bits per character" if task.unit == "bpc" else "share of wrong answers"
     options = {"train": f"train_{task.unit}", "valid": f"valid_{task.unit}", "label": label}

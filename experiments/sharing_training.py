@@ -136,6 +136,7 @@ def train(
                 resumed={**resumed, "seconds": 0.0},  # `started` is moved by them
                 started=started,
                 layout=layout,
+                profile=config.profile,
             )
     options = {"train": "train_bpc", "valid": "valid_bpc", "label": "bits per character"}
     training.plot_curves(files[0].path, folder / "curves.png", title=f"{folder.name} on {task.name}", **options)

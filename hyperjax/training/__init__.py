@@ -6,9 +6,10 @@ from hyperjax.training.evaluation import Evaluation, make_evaluate
 from hyperjax.training.experiment import Workdir, bad_input, count, device, environment, parse, print_summary, say
 from hyperjax.training.interrupts import Interrupted, NonFinite, stopping
 from hyperjax.training.loop import fit, seconds
-from hyperjax.training.mesh import Devices, Layout, lay_out, make_mesh
+from hyperjax.training.mesh import Devices, Layout, Watched, lay_out, make_mesh
 from hyperjax.training.metrics import JsonLines, open_lines, plot_curves, read_lines, series, write_json
 from hyperjax.training.optimizer import average_params, averaged_params, matrices, schedule
+from hyperjax.training.profiling import Profile
 from hyperjax.training.replay import Examined, examine
 from hyperjax.training.state import TrainState, make_step, make_steps
 from hyperjax.training.trials import Trials, apply_in_blocks, make_trials
@@ -23,8 +24,10 @@ __all__ = [
     "Layout",
     "NonFinite",
     "NotSaved",
+    "Profile",
     "TrainState",
     "Trials",
+    "Watched",
     "Workdir",
     "apply_in_blocks",
     "average_params",

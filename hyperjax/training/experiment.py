@@ -22,12 +22,12 @@ import jax
 import tyro
 
 from hyperjax.training import processes
-from hyperjax.training.mesh import Devices, Layout
+from hyperjax.training.mesh import Layout, Watched
 from hyperjax.training.metrics import write_json
 
 Config = TypeVar("Config")
 PACKAGE = Path(__file__).resolve().parents[1]
-WHERE = {field.name for field in dataclasses.fields(Devices)}  # where a run runs, which may change when it resumes
+WHERE = {field.name for field in dataclasses.fields(Watched)}  # where a run runs, which may change when it resumes
 
 
 def fail(message: object) -> NoReturn:

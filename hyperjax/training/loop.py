@@ -12,10 +12,12 @@ import numpy as np
 import tqdm
 
 from hyperjax.training import processes
+from hyperjax.training.board import Board
 from hyperjax.training.checkpoint import Checkpoints
 from hyperjax.training.interrupts import Interrupted, NonFinite, signals
 from hyperjax.training.mesh import Layout
 from hyperjax.training.metrics import JsonLines
+from hyperjax.training.profiling import WARM_UP, Profile
 from hyperjax.training.state import TrainState
 
 Array = jax.Array
@@ -49,13 +51,15 @@ def fit(
     save_minutes: float = 5.0,
     layout: Layout | None = None,
     max_skipped: int = 10,
+    profile: int = 0,
 ) -> TrainState:
     """Trains until `steps` updates are made.
 
-    A checkpoint is written after each validation, every `save_minutes`, on SIGINT and SIGTERM, and at the end; never
-    of a state that came out of a step whose loss or gradient was not finite. `metrics` gets what a rerun repeats to
-    the bit, wherever it was interrupted: the mean of each step's metrics every `log_every` steps, and what `validate`
-    returns. `timings` gets the clock. A signal ends a validation, too: resuming makes it again.
+    A checkpoint is written after each validation, every `save_minutes`, on SIGINT and SIGTERM, and at the end;
+    never of a state that came out of a step whose loss or gradient was not finite. `metrics` gets what a rerun
+    repeats to the bit, wherever it was interrupted: the mean of each step's metrics every `log_every` steps, and
+    what `validate` returns. `timings` gets the clock; where TensorBoard is installed, it gets both. A signal ends a
+    validation, too: resuming makes it again.
 
     Where `step` skips updates that are not finite, each is a line of `metrics` (`skipped`: why), is left out of the
     means, and counts towards `max_skipped`.
@@ -82,6 +86,8 @@ def fit(
         layout: how state and batches lie on several devices; None for one. `validate` gets a state on one device, and
             runs in every process. Several processes hear signals, and save by the clock, when they log.
         max_skipped: how many updates of the whole run may be skipped.
+        profile: how many calls of `step` to record, after the first few: a trace in `profile/` beside `metrics`, and a
+            table of the operations that took longest. None are recorded for 0.
 
     Returns:
         The last state, on one device.
@@ -137,12 +143,15 @@ def fit(
         saved = at
         timer.saved = time.perf_counter()
 
-    with signals() as received, _bar(steps, at, unit) as bar:
+    folder = metrics.path.parent
+    recorded = Profile(folder / "profile", profile) if profile else None
+    call = recorded.call if recorded else (lambda function, *arguments: function(*arguments))
+    with signals() as received, _bar(steps, at, unit) as bar, Board(folder / "tensorboard") as board:
         while at < steps or due:
             if not due:
                 count = min(per_call - at % per_call, steps - at)
                 batch = batch_at(at) if layout is None else layout.join(batch_at(at, layout.rows))
-                state, new = step(state, batch, key, *((count,) if per_call > 1 else ()))
+                state, new = call(step, state, batch, key, *((count,) if per_call > 1 else ()))
                 if in_turn:
                     jax.block_until_ready((state, new))
                 read(at)  # one call behind, so that the device never waits for Python
@@ -163,10 +172,11 @@ def fit(
                 rows.clear()
                 if line:
                     metrics.write(at, **line)
+                    board.write(at, line)
                 speed = timer.lap(items)
-                timings.write(
-                    at, seconds=seconds(resumed, started), **({} if speed is None else {f"{unit}_per_second": speed})
-                )
+                clock = {} if speed is None else {f"{unit}_per_second": speed}
+                timings.write(at, seconds=seconds(resumed, started), **clock)
+                board.write(at, clock)
                 shown = {name: f"{value:.3f}" for name, value in line.items() if name != "grad_norm"}
                 bar.set_postfix({**shown, **({} if speed is None else {f"{unit}/s": f"{speed:,.0f}"})}, refresh=False)
             if evaluate:
@@ -179,12 +189,16 @@ def fit(
                 for name, value in values.items():
                     _check(name, value, at, checkpoints)
                 metrics.write(at, **values)
+                board.write(at, values)
                 bar.write(f"step {at:,}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
                 save(values[best])
             elif save_now or stop:
                 save()
             if stop and at < steps:
                 _interrupt(stop, at, steps, checkpoints)
+    if recorded:
+        recorded.finish()
+        print(recorded.report or f"not profiled: the run made no more than {WARM_UP} calls")
     if saved < at:
         save()
     checkpoints.wait()

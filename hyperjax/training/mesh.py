@@ -38,6 +38,13 @@ class Devices:
     process_id: int | None = None  # which of them this is, from 0
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Watched(Devices):
+    """The fields of every experiment that trains with `fit`: where it runs, and what is recorded of that."""
+
+    profile: int = 0  # record so many steps, a few after the first: a trace, and the operations that took longest
+
+
 def mesh_shape(text: str) -> dict[str, int]:
     """Reads `data=4,model=2`: the number of devices along each axis, 1 along one that is left out.
 
@@ -87,8 +94,11 @@ def lay_out(config: Devices, *, batch: int | None = None, in_place: str | None =
         The layout, or None for a single device.
 
     Raises:
-        ValueError: the fields of `config` do not go together, the devices are not there, or the batch cannot be split.
+        ValueError: a field of `config` makes no sense, they do not go together, the devices are not there, or the
+            batch cannot be split.
     """
+    if isinstance(config, Watched) and config.profile < 0:
+        raise ValueError(f"--profile is {config.profile}, expected a number of steps to record, or 0")
     if config.mesh is not None:
         mesh_shape(config.mesh)
     several = processes.connect(config.coordinator, config.num_processes, config.process_id, config.mesh is not None)
