@@ -50,7 +50,7 @@ def test_the_dearest_operations_are_those_of_the_loop(profile):
     products = [line for line in lines[2:12] if "large/dot_general" in line]
     assert any(line.endswith(", back") for line in products)
     assert any(not line.endswith(", back") for line in products)
-    assert all(float(line.split()[2]) in (1.0, 20.0) for line in products)  # in the loop, or all its steps at once
+    assert max(float(line.split()[2]) for line in products) >= 20  # as often as the loop runs
 
 
 def test_the_trace_opens_in_perfetto(profile):
@@ -93,7 +93,7 @@ def test_the_table_is_in_shares_and_calls():
 def test_a_run_that_is_profiled_is_the_same_run(tmp_path, capsys):
     for name in ("plain", "watched"):
         (tmp_path / name).mkdir()
-    assert loop.run(tmp_path / "plain")[1] == loop.run(tmp_path / "watched", profile=5)[1]
+    assert loop.run(tmp_path / "plain")[0] == loop.run(tmp_path / "watched", profile=5)[0]
     assert "dearest of" in capsys.readouterr().out
     assert list((tmp_path / "watched" / "profile").rglob("*.xplane.pb"))
 
@@ -108,9 +108,7 @@ def test_bad_numbers_are_refused(tmp_path):
 def scalars(folder):
     found = EventAccumulator(str(folder)).Reload()
     names = found.Tags()["tensors"]
-    return {
-        name: [(event.step, float(make_ndarray(event.tensor_proto))) for event in found.Tensors(name)] for name in names
-    }
+    return {name: [(e.step, float(make_ndarray(e.tensor_proto))) for e in found.Tensors(name)] for name in names}
 
 
 def test_tensorboard_shows_what_the_lines_say(tmp_path):
