@@ -25,6 +25,7 @@ from hyperjax.hypernet import (
 )
 from hyperjax.recurrent import LSTM, FastRNN, HyperLSTM, HyperRNN, LanguageModel, generate
 from hyperjax.routing import SNR, HardConcrete, MMoE, compact
+from hyperjax.summary import summarize
 
 __version__ = "0.1.0"
 __all__ = [
@@ -58,5 +59,6 @@ __all__ = [
     "recurrent",
     "routing",
     "sharing",
+    "summarize",
     "transformer",
 ]

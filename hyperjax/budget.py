@@ -50,7 +50,7 @@ def flops(fn: Callable[..., Any], *args: Any) -> int:
         ValueError: products stand in a `while_loop`, whose steps are not known, or in a Pallas kernel or `shard_map`.
     """
     jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
-    return _count(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+    return count_flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
 def fit_width(
@@ -139,11 +139,13 @@ def ascend(optimizer: optax.GradientTransformation) -> optax.GradientTransformat
     return optax.chain(optax.scale(-1.0), optimizer)
 
 
-def _count(jaxpr: core.Jaxpr) -> int:
-    return sum(_count_equation(equation) for equation in jaxpr.eqns)
+def count_flops(jaxpr: core.Jaxpr) -> int:
+    """As `flops`, of a jaxpr as it stands."""
+    return sum(count_flops_of(equation) for equation in jaxpr.eqns)
 
 
-def _count_equation(equation: core.JaxprEqn) -> int:
+def count_flops_of(equation: core.JaxprEqn) -> int:
+    """As `flops`, of one of its equations."""
     name, params = equation.primitive.name, equation.params
     if name in ("dot_general", "conv_general_dilated"):
         shapes: list[Any] = [var.aval for var in (*equation.invars, *equation.outvars)]
@@ -154,7 +156,7 @@ def _count_equation(equation: core.JaxprEqn) -> int:
         else:
             terms = math.prod(right) // right[params["dimension_numbers"].rhs_spec[0]]
         return 2 * terms * math.prod(out)
-    inner = [_count(getattr(sub, "jaxpr", sub)) for sub in _subs(params)]
+    inner = [count_flops(jaxpr) for jaxpr in inner_jaxprs(equation)]
     if name in OPAQUE and any(inner):
         raise ValueError(f"a {name} holds matrix products: how often it runs them is not known; use scan, or count one")
     if name == "cond":
@@ -162,8 +164,13 @@ def _count_equation(equation: core.JaxprEqn) -> int:
     return sum(inner) * (params["length"] if name == "scan" else 1)
 
 
-def _subs(params: dict[str, Any]) -> list[Any]:
+def inner_jaxprs(equation: core.JaxprEqn) -> list[core.Jaxpr]:
+    """The programs that an equation holds, such as the body of a loop."""
     leaves = jax.tree.leaves(
-        list(params.values()), is_leaf=lambda leaf: isinstance(leaf, (core.Jaxpr, core.ClosedJaxpr))
+        list(equation.params.values()), is_leaf=lambda leaf: isinstance(leaf, (core.Jaxpr, core.ClosedJaxpr))
     )
-    return [leaf for leaf in leaves if isinstance(leaf, (core.Jaxpr, core.ClosedJaxpr))]
+    return [
+        leaf.jaxpr if isinstance(leaf, core.ClosedJaxpr) else leaf
+        for leaf in leaves
+        if isinstance(leaf, (core.Jaxpr, core.ClosedJaxpr))
+    ]
