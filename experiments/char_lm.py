@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import optax
 from char_lm_presets import FREE, WIKIPEDIA, Config, check, defaults
 
-from hyperjax import training
+from hyperjax import Policy, training
 from hyperjax.data import Corpus, Streams, evaluation_windows, load_corpus, window_at
 from hyperjax.recurrent import PAPER_MODELS, LanguageModel, generate
 
@@ -55,8 +55,8 @@ def make_model(config: Config, vocabulary: int) -> LanguageModel:
         if config.preset in ("levers", "beyond")
         else config.model
     )
-    dtype = None if config.dtype == "float32" else config.dtype
-    return LanguageModel(cell, vocabulary, **{name: getattr(config, name) for name in SHARED}, dtype=dtype)
+    model = LanguageModel(cell, vocabulary, **{name: getattr(config, name) for name in SHARED})
+    return model if config.dtype == "float32" else Policy.named(config.dtype).on(model)
 
 
 def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
@@ -66,7 +66,8 @@ def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
     if config.weight_decay:
         adam = optax.adamw(rate, weight_decay=config.weight_decay, mask=training.matrices)
     optimizer = optax.chain(optax.clip_by_global_norm(config.clip), adam)
-    return training.average_params(optimizer, config.average) if config.average else optimizer
+    optimizer = training.average_params(optimizer, config.average) if config.average else optimizer
+    return Policy.named(config.dtype).optimizer(optimizer)
 
 
 def evaluated(state: training.TrainState) -> Any:

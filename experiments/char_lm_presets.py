@@ -93,7 +93,7 @@ class Config(Watched):
     prime_length: int = 100  # characters of the validation text that the sample at the end goes on from
     sample_length: int = 600  # characters of text to generate
     seed: int = 0  # of initialization, dropout and sampling
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; parameters and state stay float32
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of matrix products; all else stays float32
     remat_chunk: int | None = None  # recompute the forward pass in chunks of so many steps: less memory, more time
 
 

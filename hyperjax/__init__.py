@@ -23,6 +23,7 @@ from hyperjax.hypernet import (
     Scale,
     SeparableMLP,
 )
+from hyperjax.precision import Policy
 from hyperjax.recurrent import LSTM, FastRNN, HyperLSTM, HyperRNN, LanguageModel, generate
 from hyperjax.routing import SNR, HardConcrete, MMoE, compact
 from hyperjax.summary import summarize
@@ -47,6 +48,7 @@ __all__ = [
     "LowRank",
     "MMoE",
     "PerTask",
+    "Policy",
     "Scale",
     "SeparableMLP",
     "budget",

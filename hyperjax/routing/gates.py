@@ -113,7 +113,8 @@ class Connection(nn.Module):
         if self.gates is not None:
             log_alpha = self._log_alpha(x)
             z = self.gates.deterministic(log_alpha) if key is None else self.gates.sample(key, log_alpha)
-        v = self._trans(u, z) if self.kind == "trans" else self._aver(u, z)
+        weights = None if z is None else z.astype(u.dtype)
+        v = self._trans(u, weights) if self.kind == "trans" else self._aver(u, weights)
         return v, z, log_alpha
 
     def _log_alpha(self, x: Array) -> Array:
@@ -188,4 +189,4 @@ def scale_blocks(kernel: Array, z: Array, rows: Sequence[int], columns: Sequence
     tall, wide = (np.repeat(np.eye(len(w), dtype=np.float32), w, axis=0) for w in (rows, columns))
     exact = jax.lax.Precision.HIGHEST
     spread = jnp.einsum("dj,...ji,ei->...de", tall, z, wide, precision=exact)
-    return kernel.reshape((1,) * len(lead) + kernel.shape) * spread
+    return kernel.reshape((1,) * len(lead) + kernel.shape) * spread.astype(kernel.dtype)

@@ -15,6 +15,7 @@ import numpy as np
 
 from hyperjax.sharing.layer_maps import check_map
 from hyperjax.transformer.checks import check_mask, check_tokens, known
+from hyperjax.transformer.layers import attend
 from hyperjax.transformer.model import drop
 
 Array = jax.Array
@@ -209,7 +210,7 @@ class BertAttention(nn.Module):
             )
         seen = None if mask is None else mask[:, None, None, :]
         q_BLHK, k_BLHK, v_BLHK = projected
-        o_BLHK = jax.nn.dot_product_attention(q_BLHK, k_BLHK, v_BLHK, mask=seen)
+        o_BLHK = attend(q_BLHK, k_BLHK, v_BLHK, mask=seen)
         kernel, bias = self.param("out", INIT, (*sizes[1:], self.width)), self.param("out_bias", ZEROS, (self.width,))
         return jnp.einsum("blhk,hkd->bld", o_BLHK, kernel.astype(self.dtype)) + bias.astype(self.dtype)[None, None]
 

@@ -8,6 +8,7 @@
 Parameters are a plain tree without what is tied, so an optimiser, a checkpoint and a count see each once.
 """
 
+import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -59,6 +60,12 @@ class Tied:
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As `module.apply`: it takes `method`, `rngs`, and `mutable` for collections other than "params"."""
         return self.module.apply({**variables, "params": self.expand(variables["params"])}, *args, **kwargs)
+
+    def replace(self, module: Any) -> "Tied":
+        """The same ties of another module with the same parameters, such as one that computes in another precision."""
+        new = copy.copy(self)
+        new.module = module
+        return new
 
     def expand(self, params: Any) -> Any:
         """The module's own parameters, tied ones computed: a function of `params` that can be differentiated.

@@ -62,7 +62,7 @@ def fit(
     validation, too: resuming makes it again.
 
     Where `step` skips updates that are not finite, each is a line of `metrics` (`skipped`: why), is left out of the
-    means, and counts towards `max_skipped`.
+    means, and counts towards `max_skipped`. One that overflowed in float16 is left out of the means alone.
 
     Args:
         state: where to start, new or restored; its buffers are donated.
@@ -121,6 +121,8 @@ def fit(
             unread = None
             new = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             for n, row in enumerate(new, last_step - len(new) + 1):
+                if row.pop("overflowed", 0):
+                    continue
                 if row.pop("skipped", 0):
                     skipped += 1
                     why = ", ".join(f"{name} is {row[name]}" for name in ("loss", "grad_norm") if _bad(row[name]))

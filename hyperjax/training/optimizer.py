@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hyperjax.loss_scale import ScaledState
+
 
 def schedule(learning_rate: float, steps: int, decay: float = 0.0, warmup: int = 0) -> optax.Schedule:
     """A constant learning rate that may rise along a line at first and end in half a cosine.
@@ -72,7 +74,8 @@ def average_params(optimizer: optax.GradientTransformation, decay: float) -> opt
 
 
 def averaged_params(opt_state: Any, params: Any) -> Any:
-    """The mean that `average_params` keeps as the outermost wrapper, or `params` where there is none."""
+    """The mean that `average_params` keeps as the outermost wrapper but for a scaled loss, or else `params`."""
+    opt_state = opt_state.inner if isinstance(opt_state, ScaledState) else opt_state
     return opt_state.mean if isinstance(opt_state, AveragedState) else params
 
 

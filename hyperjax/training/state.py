@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hyperjax.loss_scale import ScaledState, adjusted
+
 if TYPE_CHECKING:
     from hyperjax.training.mesh import Layout
 
@@ -58,7 +60,8 @@ def make_step(
     Returns:
         step(state, batch, key) -> (new state, metrics). `key` is the run's key: the step folds its own number into
         it, so that a resumed run draws what it would have drawn. The metrics gain `loss` and `grad_norm` (before
-        clipping); if both are finite, so are the new parameters.
+        clipping); if both are finite, so are the new parameters. With an optimizer of `hyperjax.Policy.optimizer`
+        that scales the loss, also `loss_scale` and `overflowed`, 1 for a step that is left out for a smaller scale.
 
     Raises:
         ValueError: `non_finite` is neither.
@@ -109,17 +112,31 @@ def _one_step(
             return layout.pin(*update(state, batch, key))
 
     def update(state: TrainState, batch: Any, key: Array) -> tuple[TrainState, dict[str, Array]]:
-        gradient = jax.value_and_grad(loss_of, has_aux=True)
+        scale = state.opt_state.scale if isinstance(state.opt_state, ScaledState) else None
+
+        def scaled_loss(*arguments: Any) -> tuple[Array, tuple[Any, dict[str, Array], Array]]:
+            loss, (carry, metrics) = loss_of(*arguments)
+            return (loss if scale is None else loss * scale), (carry, metrics, loss)
+
+        gradient = jax.value_and_grad(scaled_loss, has_aux=True)
         step_key = jax.random.fold_in(key, state.step)
-        (loss, (carry, metrics)), grads = gradient(state.params, state.carry, batch, step_key)
+        (_, (carry, metrics, loss)), grads = gradient(state.params, state.carry, batch, step_key)
+        if scale is not None:
+            grads = jax.tree.map(lambda g: g / scale.astype(g.dtype), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": loss, **metrics, "grad_norm": optax.tree.norm(grads)}
         new = TrainState(state.step + 1, params, opt_state, carry)
-        if non_finite == "skip":
+        if scale is not None or non_finite == "skip":
             good = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
             kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
-            new, metrics["skipped"] = kept.replace(step=state.step + 1), 1 - good.astype(jnp.int32)
+            new, bad = kept.replace(step=state.step + 1), 1 - good.astype(jnp.int32)
+            if scale is not None:
+                new = new.replace(opt_state=adjusted(new.opt_state, good))
+                metrics["loss_scale"], metrics["overflowed"] = scale, bad * (scale > 1)
+                bad = bad * (scale <= 1)
+            if non_finite == "skip":
+                metrics["skipped"] = bad
         return new, metrics
 
     return step

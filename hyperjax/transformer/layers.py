@@ -3,6 +3,7 @@
 B samples, L queries, S keys, D width, H heads, K width of a head, F hidden units, N blocks of them, C capacity.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -47,6 +48,15 @@ class Rotary(NamedTuple):
             return cls.of(used + jnp.arange(length)[None], width)
         table = cls.of(np.arange(room)[None], width)
         return cls(*(jax.lax.dynamic_slice_in_dim(jnp.asarray(a), used, length, 1) for a in table))
+
+
+def attend(q_BLHK: Array, k_BSHK: Array, v_BSHK: Array, **options: Any) -> Array:
+    """`jax.nn.dot_product_attention`, which in float16 is not there on CPUs: they compute it in float32."""
+    attention = partial(jax.nn.dot_product_attention, **options)
+    if q_BLHK.dtype != jnp.float16:
+        return attention(q_BLHK, k_BSHK, v_BSHK)
+    wide = lambda *arrays: attention(*(a.astype(jnp.float32) for a in arrays)).astype(jnp.float16)  # noqa: E731
+    return jax.lax.platform_dependent(q_BLHK, k_BSHK, v_BSHK, cpu=wide, default=attention)
 
 
 class Attention(nn.Module):
@@ -108,7 +118,7 @@ class Attention(nn.Module):
         fused = self._fused(mask, sizes)
         if fused and mask is not None:
             mask = jnp.broadcast_to(mask, mask.shape[:2] + sizes)  # as cuDNN wants it
-        o_BLHK = jax.nn.dot_product_attention(
+        o_BLHK = attend(
             q_BLHK,
             k_BSHK,
             v_BSHK,
