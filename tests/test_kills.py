@@ -39,12 +39,19 @@ def script(tmp_path_factory):
     environment |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
-    def start(workdir):
+    def start(workdir, errors=subprocess.DEVNULL):
         command = [sys.executable, str(SCRIPT), *TINY, f"--corpus={text}", f"--workdir={workdir}"]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        return subprocess.Popen(command, env=environment, **quiet)
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors, text=True)
 
     return start
+
+
+@pytest.fixture(scope="module")
+def whole(script, tmp_path_factory):
+    """The run uninterrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert script(folder).wait(300) == 0
+    return folder
 
 
 def figures(workdir):
@@ -72,9 +79,7 @@ def killed(start, workdir, rng):
     return process.returncode == -9, seen
 
 
-def test_a_run_killed_at_random_moments_is_the_run_uninterrupted(script, tmp_path):
-    whole = tmp_path / "whole"
-    assert script(whole).wait(300) == 0
+def test_a_run_killed_at_random_moments_is_the_run_uninterrupted(script, whole, tmp_path):
     metrics, summary = (whole / "metrics.jsonl").read_bytes(), figures(whole)
     config = char_lm.Config(**json.loads((whole / "config.json").read_text()))
     corpus = load_corpus(config.corpus)
@@ -107,3 +112,25 @@ def test_a_run_killed_at_random_moments_is_the_run_uninterrupted(script, tmp_pat
     assert script(workdir).wait(300) == 0
     assert ((workdir / "metrics.jsonl").read_bytes(), figures(workdir)) == (metrics, summary)
     print(f"{kills} kills, {during} of them during a save, over {runs} runs")
+
+
+def test_a_machine_that_is_taken_away_costs_nothing(script, whole, tmp_path):
+    rng = random.Random(1)
+    for _ in range(2):
+        before = max(finished_saves(tmp_path))
+        with script(tmp_path, subprocess.PIPE) as process:
+            until = time.monotonic() + 120
+            while max(finished_saves(tmp_path), default=0) <= before and time.monotonic() < until:
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.1))
+            process.terminate()
+            asked = time.monotonic()
+            _, errors = process.communicate(timeout=60)
+            assert time.monotonic() - asked < 30
+        assert process.returncode == 0
+        assert "SIGTERM: saved step" in errors
+        assert f"to resume: python {SCRIPT} --model=lstm" in errors
+        assert not (tmp_path / "summary.json").exists()
+    assert script(tmp_path).wait(300) == 0
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert figures(tmp_path) == figures(whole)
