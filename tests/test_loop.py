@@ -363,6 +363,30 @@ def test_skipped_updates_leave_the_state_and_are_counted(tmp_path, per_call):
     np.testing.assert_array_equal(resumed.params["w"], state.params["w"])
 
 
+def test_the_line_of_a_skipped_update_outlives_a_validation_that_was_ended(tmp_path):
+    def batches(step):
+        return batch_at(step) * (np.nan if step == 9 else 1)
+
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    for folder in (whole, torn):
+        folder.mkdir()
+    lines, _ = run(whole, batches, step=SKIP)
+    assert b'{"step": 10, "skipped": "loss is nan' in lines
+
+    def validate(state):
+        if int(state.step) == 10 and len(calls) < 2:
+            calls.append(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return {"valid_bpc": float(state.params["w"].sum())}
+
+    calls = []
+    for _ in range(2):
+        with pytest.raises(SystemExit), stopping():
+            run(torn, batches, validate, step=SKIP)
+    assert run(torn, batches, validate, step=SKIP)[0] == lines
+
+
 def test_more_skipped_updates_than_allowed_stop_the_run_wherever_it_was_resumed(tmp_path):
     def crash(step):
         if step == 12:

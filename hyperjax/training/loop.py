@@ -1,5 +1,6 @@
 """The training loop: steps, a progress bar, validation and checkpoints."""
 
+import contextlib
 import math
 import signal
 import sys
@@ -107,6 +108,7 @@ def fit(
     saved = at  # the newest step that a checkpoint holds
     skipped = int(resumed.get("skipped", 0))
     due = int(resumed.get("step", at)) < at  # a signal ended the validation of this step
+    left_out = str(resumed.get("left_out", ""))  # why its update was skipped, if it was
     unread: dict[str, Array] | None = None  # metrics of the newest step, still being computed
     timer = _Timer()
     local: Callable[[TrainState], TrainState] = (lambda state: state) if layout is None else layout.local
@@ -115,8 +117,9 @@ def fit(
     in_turn = several and jax.default_backend() == "cpu"  # where two collectives at once block each other
 
     def read(last_step: int) -> None:
-        nonlocal unread, skipped
+        nonlocal unread, skipped, left_out
         if unread is not None:
+            left_out = ""
             columns = {name: np.asarray(value).reshape(-1).tolist() for name, value in unread.items()}
             unread = None
             new = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
@@ -129,6 +132,7 @@ def fit(
                     if skipped > max_skipped:
                         raise NonFinite(_not_finite(f"{why} at step {n:,}, after {skipped - 1} skipped", checkpoints))
                     metrics.write(n, skipped=why)
+                    left_out = why if n == last_step else ""
                     bar.write(f"step {n:,}: {why}: update skipped, {skipped} of at most {max_skipped}")
                     continue
                 for name in ("loss", "grad_norm"):
@@ -148,7 +152,14 @@ def fit(
     folder = metrics.path.parent
     recorded = Profile(folder / "profile", profile) if profile else None
     call = recorded.call if recorded else (lambda function, *arguments: function(*arguments))
-    with signals() as received, _bar(steps, at, unit) as bar, Board(folder / "tensorboard") as board:
+    if due and left_out:
+        metrics.write(at, skipped=left_out)
+    with (
+        recorded or contextlib.nullcontext(),
+        signals() as received,
+        _bar(steps, at, unit) as bar,
+        Board(folder / "tensorboard") as board,
+    ):
         while at < steps or due:
             if not due:
                 count = min(per_call - at % per_call, steps - at)
@@ -186,7 +197,7 @@ def fit(
                 here = local(state)
                 values = validate(here) if several else received.call(validate, here)
                 if values is None:  # as if its lines were not yet written: resuming writes them and validates
-                    save(step=at - 1, rows=before)
+                    save(step=at - 1, rows=before, left_out=left_out)
                     _interrupt(received[0], at, steps, checkpoints)
                 for name, value in values.items():
                     _check(name, value, at, checkpoints)
@@ -199,7 +210,6 @@ def fit(
             if stop and at < steps:
                 _interrupt(stop, at, steps, checkpoints)
     if recorded:
-        recorded.finish()
         print(recorded.report or f"not profiled: the run made no more than {WARM_UP} calls")
     if saved < at:
         save()

@@ -30,9 +30,9 @@ class Cost(NamedTuple):
 class Profile:
     """Records some calls of a function: none before it is warm, and none of what comes between them.
 
-        profile = Profile(folder, calls=10)
-        for batch in batches:
-            state = profile.call(step, state, batch)
+        with Profile(folder, calls=10) as profile:
+            for batch in batches:
+                state = profile.call(step, state, batch)
         print(profile.report)
 
     Args:
@@ -70,6 +70,12 @@ class Profile:
         if self.made == WARM_UP + self.calls:
             self.finish()
         return result
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.finish()
 
     def finish(self) -> None:
         """Ends the trace, if calls are being recorded; with fewer of them than were asked for."""
