@@ -11,7 +11,6 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import char_lm
@@ -155,8 +154,8 @@ def check(config: Config) -> None:
             raise ValueError(f"--{name} is {getattr(config, name)}, expected a whole number of at least 1")
     if not 0 <= config.seed < 2**32 - config.seeds:
         raise ValueError(f"--seed is {config.seed}, expected a whole number from 0 to 2**32 - 1")
-    if config.out is not None and not Path(config.out).expanduser().parent.is_dir():
-        raise ValueError(f"--out is {config.out}, expected a file in a folder that exists")
+    if config.out is not None:
+        training.writable(config.out)
 
 
 def trained(case: Case, steps: int, seed: int, bar: Any) -> tuple[float, int]:
@@ -208,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(rows))
     print(f"device {training.device()}, {time.perf_counter() - started:.0f} seconds")
     if config.out is not None:
-        training.write_json(config.out, rows)
+        training.write_json(training.writable(config.out), rows)
     return 0
 
 

@@ -5,7 +5,7 @@ import math
 from typing import Any, Literal
 
 from hyperjax.recurrent import CELLS, PAPER_MODELS
-from hyperjax.training import Watched
+from hyperjax.training import FitConfig
 
 # Units that give every model the same number of parameters within 1 %: 350,000 on pydoc, 1,000,000 on PTB.
 UNITS = {
@@ -46,11 +46,11 @@ BEYOND: dict[str, dict[str, Any]] = {
 }
 
 # A run may resume with other values of these.
-FREE = ("workdir", "data_dir", "save_minutes", "keep_checkpoints", "part_mib", "max_skipped")
+FREE = ("workdir", "data_dir", "save_minutes", "keep_checkpoints", "part_mib")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Watched):
+class Config(FitConfig):
     """Settings of a run; --preset and --model choose the defaults of the others."""
 
     preset: str = "quick"  # quick, cpu, reduced, paper, wikipedia, levers or beyond
@@ -85,8 +85,6 @@ class Config(Watched):
     eval_batch: int = 64  # streams in evaluation; changes its speed, not its result
     log_every: int = 20  # steps between two lines of metrics
     steps_per_call: int = 1  # steps that the device makes without the host, the text on it; divides the two above
-    non_finite: Literal["stop", "skip"] = "stop"  # at a loss or gradient that is not finite; skip leaves its update out
-    max_skipped: int = 10  # how many updates may be skipped before the run stops
     save_minutes: float = 5.0  # longest time between two checkpoints
     keep_checkpoints: int = 2  # how many of the newest checkpoints to keep, beside the best
     part_mib: int | None = None  # largest file of a checkpoint in MiB, for runs whose checkpoints have to travel
@@ -168,7 +166,7 @@ def check(config: Config) -> None:
     for name in ("keep", "weight_keep"):
         value = getattr(config, name)
         _expect(0 < value <= 1, name, value, "a probability in (0, 1]; 1 is no dropout")
-    for name in ("input_units", "warmup", "max_skipped"):
+    for name in ("input_units", "warmup"):
         _expect(getattr(config, name) >= 0, name, getattr(config, name), "a whole number of at least 0")
     _expect(0 <= config.weight_decay < math.inf, "weight_decay", config.weight_decay, "a number of at least 0")
     _expect(0 <= config.average < 1, "average", config.average, "a number in [0, 1); 0 is no average")

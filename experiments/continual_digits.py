@@ -33,7 +33,7 @@ LEARNERS = ("regularised", "plain")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(training.Watched):
+class Config(training.FitConfig):
     """Settings of a run; --preset and --tasks choose the defaults of the others."""
 
     preset: str = "quick"  # quick, cpu or paper
@@ -216,7 +216,7 @@ def run(config: Config, images: Images, tasks: list[Task], workdir: training.Wor
         + "\n".join([f"device  {training.device(workdir.layout)}", *checkpoints.notes])
     )
     print(f"resuming after step {int(state.step):,} of {steps:,}" if restored else f"starting in {workdir.path}")
-    step = training.make_step(make_loss(config, hyper), optimizer, workdir.layout)
+    step = training.make_step(make_loss(config, hyper), optimizer, workdir.layout, non_finite=config.non_finite)
 
     def advance(state, batch, key):
         task, within, arrays = batch
@@ -247,6 +247,7 @@ def run(config: Config, images: Images, tasks: list[Task], workdir: training.Wor
             started=started,
             layout=workdir.layout,
             profile=config.profile,
+            max_skipped=config.max_skipped,
         )
     names, matrices = [task.name for task in tasks], read_matrices(metrics.path, state.params, len(tasks))
     summary = {"tasks": config.tasks, "data": images.name, "num_tasks": len(tasks), "beta": config.beta}

@@ -38,7 +38,7 @@ DENSE = ("dense",)  # has no budget
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(training.Watched):
+class Config(training.FitConfig):
     """Settings; --preset and --data choose the defaults of the others."""
 
     preset: str = "quick"  # quick or cpu

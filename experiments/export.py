@@ -55,9 +55,7 @@ def check(config: Config) -> Path:
             raise ValueError(f"--{name} is missing; give {'the folder of a run' if name == 'workdir' else 'a file'}")
     if not os.path.isdir(os.path.expanduser(config.workdir)):
         raise ValueError(f"--workdir is {config.workdir}, which is no folder; give that of a run")
-    out = Path(config.out).expanduser()
-    if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        raise ValueError(f"--out is {config.out}, expected a file in a folder that exists and can be written")
+    out = training.writable(config.out)
     if config.batch is not None and config.batch < 1:
         raise ValueError(f"--batch is {config.batch}, expected a whole number of at least 1, or None for any")
     if not config.batches or min(config.batches) < 1:

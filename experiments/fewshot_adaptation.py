@@ -38,7 +38,7 @@ FREE = ("workdir", "save_minutes", "keep_checkpoints")  # a run may resume with 
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(training.Watched):
+class Config(training.FitConfig):
     """Settings of a run; --preset and --tasks choose the defaults of the others."""
 
     preset: str = "quick"  # quick or cpu
@@ -163,7 +163,7 @@ def train(config: Config, workdir: training.Workdir, family: Any, hyper: HyperNe
             stack.enter_context(each)
         state = training.fit(
             state,
-            training.make_step(loss_fn, optimizer, workdir.layout),
+            training.make_step(loss_fn, optimizer, workdir.layout, non_finite=config.non_finite),
             batch_at,
             train_key,
             steps=config.steps,
@@ -181,6 +181,7 @@ def train(config: Config, workdir: training.Workdir, family: Any, hyper: HyperNe
             save_minutes=config.save_minutes,
             layout=workdir.layout,
             profile=config.profile,
+            max_skipped=config.max_skipped,
         )
     best = checkpoints.restore_best(state)
     valid_error = checkpoints.best[1] if checkpoints.best else math.nan

@@ -34,7 +34,7 @@ FREE = ("workdir", "data_file", "save_minutes", "keep_checkpoints")  # a run may
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(training.Watched):
+class Config(training.FitConfig):
     """Settings of a run; --preset chooses the defaults of the others."""
 
     preset: str = "quick"  # quick, cpu or paper
@@ -121,7 +121,7 @@ def make_model(config: Config, data: Images) -> Any:
 
 def kernels(config: Config, model: Any, params: Any) -> tuple[dict[str, Any], Any]:
     """The kernels [h, w, in, out] named by --generated, by path, and all of the main network's parameters."""
-    tree = model.generate({"params": params}) if isinstance(model, HyperNetwork) else params
+    tree = model.generate({"params": params}) if hasattr(model, "generate") else params
     leaves = paramtree.structure(tree).flatten(tree)
     return {path: leaves[path] for path in paramtree.select(config.generated, list(leaves))}, tree
 
@@ -240,7 +240,7 @@ def run(config: Config, data: Images, batches: Batches, workdir: training.Workdi
         stack.callback(training.plot_curves, metrics.path, workdir.path / "curves.png", **curves)
         state = training.fit(
             state,
-            training.make_step(make_loss(config, model, data), optimizer, workdir.layout),
+            training.make_step(make_loss(config, model, data), optimizer, workdir.layout, non_finite=config.non_finite),
             batches.batch_at,
             train_key,
             steps=steps,
@@ -251,6 +251,7 @@ def run(config: Config, data: Images, batches: Batches, workdir: training.Workdi
             started=started,
             layout=workdir.layout,
             profile=config.profile,
+            max_skipped=config.max_skipped,
             **kept,
             **{name: getattr(config, name) for name in ("eval_every", "log_every", "save_minutes")},
         )

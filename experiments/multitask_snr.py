@@ -32,7 +32,7 @@ FREE = ("workdir", "data_file", "test_file", "save_minutes")  # a run may resume
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(training.Watched):
+class Config(training.FitConfig):
     """Settings of a run; --preset, --data and --model choose the defaults of the others."""
 
     preset: str = "quick"  # quick or cpu
@@ -198,7 +198,9 @@ def run(config: Config, data: TaskData, model: nn.Module, workdir: training.Work
     with checkpoints, files["metrics"], files["timings"], files["gates"]:
         state = training.fit(
             state,
-            training.make_step(make_loss(config, data, model, weighting), optimizer, workdir.layout),
+            training.make_step(
+                make_loss(config, data, model, weighting), optimizer, workdir.layout, non_finite=config.non_finite
+            ),
             batches.batch_at,
             train_key,
             checkpoints=checkpoints,
@@ -217,6 +219,7 @@ def run(config: Config, data: TaskData, model: nn.Module, workdir: training.Work
             started=started,
             layout=workdir.layout,
             profile=config.profile,
+            max_skipped=config.max_skipped,
         )
     network = jax.tree.map(np.asarray, state.params["network"])
     found = {f"{split}_{name}": value for split in ("valid", "test") for name, value in scores(network, split).items()}

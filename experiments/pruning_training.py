@@ -155,7 +155,9 @@ def train(
         if int(state.step) < config.steps:
             state = training.fit(
                 state,
-                training.make_step(make_loss(config, name, model, task, budget), optimizer, layout),
+                training.make_step(
+                    make_loss(config, name, model, task, budget), optimizer, layout, non_finite=config.non_finite
+                ),
                 task.batch_at,
                 train_key,
                 checkpoints=checkpoints,
@@ -174,6 +176,7 @@ def train(
                 started=started,
                 layout=layout,
                 profile=config.profile,
+                max_skipped=config.max_skipped,
             )
     label = "bits per character" if task.unit == "bpc" else "share of wrong answers"
     options = {"train": f"train_{task.unit}", "valid": f"valid_{task.unit}", "label": label}

@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with training.bad_input(__file__, char_lm_runs.__file__):
         if not config.workdir:
             raise ValueError("--workdir is missing; give the folder of a run of char_lm.py")
+        out = None if config.out is None else training.writable(config.out)
         workdir = Path(config.workdir).expanduser()
         run = char_lm_runs.open_run(workdir, config.data_dir)
         streams = Streams(run.corpus.train, run.config.batch, run.config.length)
@@ -90,13 +91,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     training.say(report(examine(char_lm.make_loss(run.model), state, batch, key)))
     for number, line in enumerate(np.asarray(batch["inputs"])[:SHOWN]):
         training.say(f"text {number}: {run.corpus.decode(line)!r}")
-    if config.out:
+    if out is not None:
         try:
-            np.savez(config.out, **{name: np.asarray(value) for name, value in batch.items()})  # type: ignore[arg-type]
+            with out.open("wb") as file:
+                np.savez(file, **{name: np.asarray(value) for name, value in batch.items()})  # type: ignore[arg-type]
         except OSError as error:
-            print(f"error: cannot write {config.out} ({error.strerror})", file=sys.stderr)
+            print(f"error: cannot write {out} ({error.strerror})", file=sys.stderr)
             return 2
-        print(f"wrote {config.out}")
+        print(f"wrote {out}")
     return 0
 
 

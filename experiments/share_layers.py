@@ -40,7 +40,7 @@ FREE = ("workdir", "data_dir", "save_minutes", "repeats")  # a run may resume wi
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(training.Watched):
+class Config(training.FitConfig):
     """Settings; --preset and --data choose the defaults of the others."""
 
     preset: str = "quick"  # quick or cpu

@@ -119,7 +119,7 @@ def train(
         if int(state.step) < after + steps:
             state = training.fit(
                 state,
-                training.make_step(loss_fn, optimizer, layout),
+                training.make_step(loss_fn, optimizer, layout, non_finite=config.non_finite),
                 task.batch_at,
                 train_key,
                 checkpoints=checkpoints,
@@ -137,6 +137,7 @@ def train(
                 started=started,
                 layout=layout,
                 profile=config.profile,
+                max_skipped=config.max_skipped,
             )
     options = {"train": "train_bpc", "valid": "valid_bpc", "label": "bits per character"}
     training.plot_curves(files[0].path, folder / "curves.png", title=f"{folder.name} on {task.name}", **options)

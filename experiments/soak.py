@@ -189,11 +189,11 @@ def run(config: Config, workdir: training.Workdir, started: float) -> dict[str, 
                 resumed=resumed,
                 started=started,
             )
-            at, epoch = at + config.epoch, epoch + 1
-            if epoch % config.reread == 1:
+            at, epoch, resumed = at + config.epoch, epoch + 1, {}
+            if (epoch - 1) % config.reread == 0:
                 reread = checkpoints.restore(like)
                 assert reread is not None
-                state, resumed = reread[0], {}
+                state = reread[0]
                 del reread
             first = compilations.count if epoch == 1 else first
             if time.perf_counter() - last >= config.every_seconds:

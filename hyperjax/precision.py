@@ -43,11 +43,13 @@ class Policy:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             try:
-                dtype = jnp.dtype(value)
+                dtype = None if value is None else jnp.dtype(value)
             except TypeError:
                 dtype = None
             if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
                 raise ValueError(f"{name} is {value!r}, expected a floating dtype, such as jnp.bfloat16")
+            if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+                raise ValueError(f"{name} is {dtype}, which JAX computes in only with jax_enable_x64")
             object.__setattr__(self, name, dtype)
 
     @classmethod
@@ -65,29 +67,32 @@ class Policy:
         """Returns the module that computes by this policy.
 
         Modules of this library that keep some of it in float32 (layer norms, states, softmax, logits) are given the
-        dtype, and put out their features in it; of a
-        `HyperNetwork`, the generated network follows the policy and its generators compute in the parameters' dtype;
-        of a `Tied` network, the module in it. Any other module has its parameters, but for gates' `log_alpha`, and
-        its inputs cast, and its outputs cast back. Statistics of normalisation keep their dtype.
+        dtype, and put out their features in it; of a `HyperNetwork`, the generated network follows the policy and its
+        generators compute in the parameters' dtype; of a `Tied` network, the module in it. Any other module, as those
+        of Flax, has its parameters, but for gates' `log_alpha`, and its inputs cast, and its outputs cast back.
+        Statistics of normalisation keep their dtype.
 
         Args:
             module: a Linen module, a `HyperNetwork` or a `Tied` network.
         """
         if isinstance(module, Tied):
             return module.replace(self.on(module.module))
+        ours = type(module).__module__.partition(".")[0] == __name__.partition(".")[0]
         if isinstance(module, HyperNetwork):
+            if self == Policy() and module.dtype is None:
+                return module
             return Mixed(module.clone(dtype=self.compute_dtype), self, cast_params=False)
         config = getattr(module, "config", None)
-        if dataclasses.is_dataclass(config) and hasattr(config, "dtype"):
+        if ours and dataclasses.is_dataclass(config) and hasattr(config, "dtype"):
             changed: Any = dataclasses.replace(config, dtype=self.compute_dtype)  # type: ignore[type-var]
             return self._kept(module.clone(config=changed))
-        if "dtype" in {field.name for field in dataclasses.fields(module)}:
+        if ours and "dtype" in {field.name for field in dataclasses.fields(module)}:
             return self._kept(module.clone(dtype=self.compute_dtype))
-        return Mixed(module, self)
+        return module if self == Policy() else Mixed(module, self)
 
     def optimizer(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
         """Returns the optimizer that a training step needs: with a scaled loss, if gradients may be float16."""
-        return scale_loss(optimizer) if self.compute_dtype == jnp.float16 else optimizer
+        return scale_loss(optimizer) if jnp.float16 in (self.param_dtype, self.compute_dtype) else optimizer
 
     def cast_to_param(self, tree: Any) -> Any:
         """Casts the floating arrays of a pytree to `param_dtype`."""
@@ -134,7 +139,14 @@ class Mixed:
             params = jax.tree_util.tree_map_with_path(self._cast_param, params)
         if self.cast_inputs:
             inputs, keywords = self.policy.cast_to_compute((inputs, keywords))
-        return self.policy.cast_to_output(self.module.apply({**variables, "params": params}, *inputs, **keywords))
+        answer = self.module.apply({**variables, "params": params}, *inputs, **keywords)
+        if keywords.get("mutable", False) is not False:  # a pair, with what has changed of the variables
+            return self.policy.cast_to_output(answer[0]), answer[1]
+        return self.policy.cast_to_output(answer)
+
+    def clone(self, **changes: Any) -> "Mixed":
+        """As `module.clone`, by the same policy."""
+        return dataclasses.replace(self, module=self.module.clone(**changes))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "module"), name)

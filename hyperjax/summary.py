@@ -9,8 +9,8 @@ that a hypernetwork generates.
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -30,7 +30,8 @@ class Row:
     Attributes:
         path: names of the modules from the outermost to this one.
         kind: its class.
-        calls: how often it is called; of several methods, the one that is called most.
+        calls: how often it is called, as the program is written: a loop calls its body once, and what is computed for
+            nothing is left out. Of several methods, the one that is called most counts.
         total: parameters that it computes with, those of each call counted.
         unique: the same, an array that several calls or modules share counted once.
         param_bytes: of the unique ones.
@@ -108,7 +109,10 @@ def summarize(
         ValueError: products stand in a `while_loop`, whose steps are not known; see `hyperjax.budget.flops`.
     """
     if variables is None:
-        start = lambda key, *inputs: module.init(key, *inputs, **keywords)  # noqa: E731
+        rest = {
+            name: value for name, value in keywords.items() if name not in ("rngs", "mutable", "capture_intermediates")
+        }
+        start = lambda key, *inputs: module.init({"params": key, **(keywords.get("rngs") or {})}, *inputs, **rest)  # noqa: E731
         variables = jax.eval_shape(start, jax.random.key(0), *inputs)
     calls = _Calls()
 
@@ -119,66 +123,107 @@ def summarize(
     jaxpr = jax.make_jaxpr(apply)(variables, *inputs).jaxpr
     used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
     budget.flops(apply, variables, *inputs)  # refuses what cannot be counted
-    calls.count(used, None, 1)
+    calls.count(used, (), 1)
     temporary = None
     if compiled:
         plain = jax.jit(lambda variables, *inputs: module.apply(variables, *inputs, **keywords))
         analysis = plain.lower(variables, *inputs).compile().memory_analysis()
         temporary = analysis.temp_size_in_bytes if analysis is not None else None
-    return Summary(list(calls.rows.values()), paramtree.count(variables.get("params", {})), temporary)
+    return Summary(calls.finished(), paramtree.count(variables.get("params", {})), temporary)
+
+
+class _Call(NamedTuple):
+    """A call of a module's method while the network is traced."""
+
+    path: tuple[str, ...]
+    method: str
+    size: int
 
 
 class _Calls:
-    """The calls of modules while a network is traced."""
+    """The calls of modules while a network is traced, and what its program then does in each."""
 
     def __init__(self) -> None:
         self.rows: dict[tuple[str, ...], Row] = {}
-        self.methods: Counter[tuple[tuple[str, ...], str]] = Counter()
+        self.made: list[_Call] = []
+        self.used: set[int] = set()
         self.stack: list[tuple[tuple[str, ...], Any]] = []
+        self.networks: list[Any] = []  # parameters of the networks that are being called, each within the one before
 
     def intercept(self, function: Any, arguments: Any, keywords: Any, context: nn.module.InterceptorContext) -> Any:
         module, scope = context.module, context.module.scope
-        one = None if scope is None else (type(module), scope.path)  # a loop or branch has a copy of the module
-        if one is None or context.method_name == "setup" or (self.stack and self.stack[-1][1] == one):
+        if scope is None or context.method_name == "setup":
+            return function(*arguments, **keywords)
+        one = type(module), scope.path  # a loop or branch has a copy of the module
+        if self.stack and self.stack[-1][1] == one:
             return function(*arguments, **keywords)
         path = (*(self.stack[-1][0] if self.stack else ()), module.name or type(module).__name__)
+        here = module.variables.get("params", {})
+        first = not scope.path
+        if first:
+            self.networks.append(here)
         row = self.rows.setdefault(path, Row(path, type(module).__name__))
-        self.methods[path, context.method_name] += 1
-        again = self.methods[path, context.method_name] > row.calls
-        row.calls += again
-        own = [leaf for leaf in module.variables.get("params", {}).values() if not isinstance(leaf, Mapping)]
-        arrays = [array for leaf in own for array in jax.tree.leaves(leaf)]
-        for end in range(1, len(path) + 1):
-            above = self.rows[path[:end]]
-            above.total += again * sum(array.size for array in arrays)
-            above.arrays |= {id(array): array for array in arrays}
+        stored = _leaves(_at(self.networks[-1], scope.path))
+        row.arrays |= {id(array): array for array in stored or _leaves(here)}
+        size = sum(array.size for array in _leaves(here)) or sum(array.size for array in stored)
+        self.made.append(_Call(path, context.method_name, size))
         self.stack.append((path, one))
         try:
-            with jax.named_scope(f"@{list(self.rows).index(path)}@"):
+            with jax.named_scope(f"@{len(self.made) - 1}@"):
                 return function(*arguments, **keywords)
         finally:
             self.stack.pop()
+            if first:
+                self.networks.pop()
 
-    def count(self, jaxpr: core.Jaxpr, outer: int | None, times: int) -> None:
-        """Adds the operations of a program, `times` as often as they are written, to the modules they are in."""
-        paths = list(self.rows)
+    def count(self, jaxpr: core.Jaxpr, outer: tuple[int, ...], times: int) -> None:
+        """Adds the operations of a program, `times` as often as they are written, to the calls they are in."""
         for equation in jaxpr.eqns:
-            marks = MARK.findall(str(equation.source_info.name_stack))
-            where = int(marks[-1]) if marks else outer
+            marks = (*outer, *map(int, MARK.findall(str(equation.source_info.name_stack))))
+            self.used.update(marks)
             inner = budget.inner_jaxprs(equation)
             if equation.primitive.name == "cond":
                 inner = [max(inner, key=budget.count_flops)]
             again = times * (equation.params["length"] if equation.primitive.name == "scan" else 1)
             for each in inner:
-                self.count(each, where, again)
-            if inner or where is None:
+                self.count(each, marks, again)
+            if inner or not marks:
                 continue
             flops = times * budget.count_flops_of(equation)
             written = times * sum(_size(var.aval) for var in equation.outvars)
-            for end in range(1, len(paths[where]) + 1):
-                row = self.rows[paths[where][:end]]
+            for row in self._up(self.made[marks[-1]].path):
                 row.flops += flops
                 row.written_bytes += written
+
+    def finished(self) -> list[Row]:
+        """The rows, each with what is in the modules below it."""
+        numbers = Counter((self.made[number].path, self.made[number].method) for number in self.used)
+        own = {path: (dict(row.arrays), row) for path, row in self.rows.items()}
+        for path, (arrays, row) in own.items():
+            row.calls = max((number for (of, _), number in numbers.items() if of == path), default=0)
+            size = max(call.size for call in self.made if call.path == path)
+            total = max(row.calls * size, sum(array.size for array in arrays.values()))
+            for above in self._up(path):
+                above.total += total
+                above.arrays |= arrays
+        return list(self.rows.values())
+
+    def _up(self, path: tuple[str, ...]) -> Iterator[Row]:
+        """The row of a module, and those of all that it is in."""
+        return (self.rows[path[:end]] for end in range(1, len(path) + 1))
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+    """The parameters of a module in those of its network; nothing where it has none."""
+    for name in path:
+        tree = tree.get(name, {}) if isinstance(tree, Mapping) else {}
+    return tree
+
+
+def _leaves(params: Any) -> list[Any]:
+    """A module's own parameters, without those of modules in it."""
+    own = [leaf for leaf in params.values() if not isinstance(leaf, Mapping)] if isinstance(params, Mapping) else []
+    return [array for leaf in own for array in jax.tree.leaves(leaf)]
 
 
 def _size(aval: Any) -> int:

@@ -363,6 +363,16 @@ def test_skipped_updates_leave_the_state_and_are_counted(tmp_path, per_call):
     np.testing.assert_array_equal(resumed.params["w"], state.params["w"])
 
 
+def test_a_run_that_stopped_at_what_is_not_finite_can_go_on_skipping_it(tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for folder in (whole, stopped):
+        folder.mkdir()
+    lines, _ = run(whole, bad_batch_at, step=SKIP)
+    with pytest.raises(NonFinite, match=r"loss is nan at step 4; .*; go on with --non-finite skip, or in a new"):
+        run(stopped, bad_batch_at)
+    assert run(stopped, bad_batch_at, step=SKIP)[0] == lines
+
+
 def test_the_line_of_a_skipped_update_outlives_a_validation_that_was_ended(tmp_path):
     def batches(step):
         return batch_at(step) * (np.nan if step == 9 else 1)

@@ -16,7 +16,7 @@ from hyperjax import Policy, budget, pruning, routing, sharing
 from hyperjax.hypernet.image_models import ConvNet, WideResNet
 from hyperjax.loss_scale import ScaledState, scale_loss
 from hyperjax.recurrent import LanguageModel
-from hyperjax.training import NonFinite, TrainState, averaged_params, make_step, make_steps
+from hyperjax.training import NonFinite, TrainState, averaged_params, examine, make_step, make_steps
 from hyperjax.training.optimizer import average_params
 from hyperjax.transformer import Config, Decoder, Encoder
 
@@ -153,7 +153,68 @@ def test_what_a_module_has_is_still_there():
         _ = mixed.nothing
 
 
+class Normalised(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(use_running_average=False)(x)
+
+
+def test_all_else_is_put_out_as_asked_but_for_statistics():
+    mixed = Policy(compute_dtype=jnp.bfloat16, output_dtype=jnp.bfloat16).on(Normalised())
+    variables = mixed.init(jax.random.key(0), X)
+    output, changed = mixed.apply(variables, X, mutable=["batch_stats"])
+    assert output.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(changed)} == {jnp.dtype("float32")}
+
+
+def test_modules_of_others_are_cast_whole_although_they_have_a_dtype():
+    dense = Policy.named("bfloat16").on(nn.Dense(3))
+    variables = dense.init(jax.random.key(0), X)
+    assert dense.apply(variables, X).dtype == jnp.float32
+    assert product_dtypes(dense.apply, variables, X) == [{"bfloat16"}]
+
+
+def test_a_policy_that_adds_nothing_leaves_the_module():
+    plain = Policy.named("float32")
+    for name in ("hypernetwork", "trans", "convnet"):
+        assert plain.on(CASES[name][0]) is CASES[name][0]
+
+
+def test_a_clone_keeps_the_policy():
+    mixed = Policy.named("bfloat16").on(CASES["convnet"][0]).clone(features=8)
+    assert mixed.module.features == 8
+    assert mixed.policy == Policy.named("bfloat16")
+
+
+def test_parameters_in_float16_learn_at_any_scale():
+    policy = Policy(jnp.float16, jnp.float16, jnp.float32)
+    optimizer = scale_loss(optax.sgd(0.1), every=1)
+    assert isinstance(policy.optimizer(optax.sgd(0.1)).init({"w": jnp.ones(3)}), ScaledState)
+    state = TrainState.create({"w": jnp.ones(4, jnp.float16)}, optimizer)
+    loss = lambda p, c, batch, key: (jnp.float32(1e-4) * (p["w"].astype(jnp.float32) * batch).sum(), (c, {}))  # noqa: E731
+    step = make_step(loss, optimizer)
+    for _ in range(9):
+        state, metrics = step(state, jnp.ones(4), jax.random.key(0))
+        assert float(metrics["grad_norm"]) == pytest.approx(2e-4, rel=1e-2)
+    assert float(metrics["loss_scale"]) == 2.0**23
+    assert state.params["w"].dtype == jnp.float16
+
+
+def test_a_step_is_examined_with_its_scale():
+    for loss, batch in ((small_loss, jnp.ones(4)), (large_loss, jnp.ones(4))):
+        optimizer = Policy.named("float16").optimizer(optax.sgd(1.0))
+        found = examine(loss, start(optimizer), batch, jax.random.key(0))
+        _, metrics = make_step(loss, optimizer)(start(optimizer), batch, jax.random.key(0))
+        np.testing.assert_array_equal(found.grad_norm, metrics["grad_norm"])
+        assert bool(found.not_finite["gradient"]) == bool(metrics["overflowed"])
+
+
 def test_policies_are_checked():
+    with pytest.raises(ValueError, match="compute_dtype is None, expected a floating dtype"):
+        Policy(compute_dtype=None)
+    with pytest.raises(ValueError, match="param_dtype is float64, which JAX computes in only with jax_enable_x64"):
+        Policy(param_dtype=jnp.float64)
+
     with pytest.raises(ValueError, match="precision is 'half', expected one of float32, bfloat16, float16"):
         Policy.named("half")
     with pytest.raises(ValueError, match="compute_dtype is 'int8', expected a floating dtype"):

@@ -93,6 +93,71 @@ def test_a_hypernetwork_shows_the_network_that_it_makes():
     assert found.trained == paramtree.count(shapes["params"]) > 4 * made.total
 
 
+class Lifted(nn.Module):
+    """What Flax traces more than once, or shows no parameters of."""
+
+    how: str
+
+    @nn.compact
+    def __call__(self, x):
+        if self.how == "remat twice":
+            layer = nn.remat(nn.Dense)(6, name="layer")
+            return layer(layer(x))
+        if self.how == "two remats":
+            return nn.remat(nn.Dense)(6, name="second")(nn.remat(nn.Dense)(6, name="first")(x))
+        if self.how == "jit":
+            return nn.jit(nn.Dense)(6, name="layer")(x)
+        if self.how == "vmap":
+            many = nn.vmap(
+                nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}, axis_size=4, in_axes=None
+            )
+            return many(6, name="layer")(x)
+        shared = self.how == "loop"
+        collections = {"variable_broadcast": "params"} if shared else {"variable_axes": {"params": 0}}
+        body = nn.scan(Step, **collections, split_rngs={"params": not shared}, length=5)
+        return body(name="layer")(x, None)[0]
+
+
+class Step(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.Dense(6, name="dense")(x), None
+
+
+ONE = 6 * 6 + 6
+
+
+@pytest.mark.parametrize(
+    ("how", "total", "unique"),
+    [
+        ("remat twice", 2 * ONE, ONE),
+        ("two remats", 2 * ONE, 2 * ONE),
+        ("jit", ONE, ONE),
+        ("vmap", 4 * ONE, 4 * ONE),
+        ("stack", 5 * ONE, 5 * ONE),
+        ("loop", ONE, ONE),  # as of a recurrent layer: its steps are not counted apart
+    ],
+)
+def test_what_flax_lifts_counts_as_it_is_stored(how, total, unique):
+    found = hj.summarize(Lifted(how), X)
+    assert (found.rows[0].total, found.rows[0].unique, found.trained) == (total, unique, unique)
+    times = {"remat twice": 2, "two remats": 2, "jit": 1, "vmap": 4}.get(how, 5)
+    assert found.rows[0].flops == times * 2 * 5 * 6 * 6
+    assert by_path(found)["first" if how == "two remats" else "layer"].calls == (2 if how == "remat twice" else 1)
+
+
+class Noisy(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dropout(0.5, deterministic=False)(nn.BatchNorm(use_running_average=False)(x))
+        return nn.Dense(3)(x)
+
+
+def test_calls_may_have_keys_and_change_statistics():
+    found = hj.summarize(Noisy(), X, rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
+    assert found.trained == found.rows[0].total == 12 + 21
+
+
 class Branches(nn.Module):
     @nn.compact
     def __call__(self, x, large):

@@ -12,7 +12,7 @@ import test_loop as loop
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from hyperjax.training import Profile, Watched, lay_out, read_lines
+from hyperjax.training import FitConfig, Profile, lay_out, read_lines
 from hyperjax.training.board import Board
 from hyperjax.training.profiling import WARM_UP, Cost, operation_names, table
 
@@ -102,7 +102,9 @@ def test_bad_numbers_are_refused(tmp_path):
     with pytest.raises(ValueError, match="calls is 0, expected 1 or more"):
         Profile(tmp_path, 0)
     with pytest.raises(ValueError, match="--profile is -1, expected a number of steps to record, or 0"):
-        lay_out(Watched(profile=-1))
+        lay_out(FitConfig(profile=-1))
+    with pytest.raises(ValueError, match="--max-skipped is -1, expected a whole number of at least 0"):
+        lay_out(FitConfig(max_skipped=-1))
 
 
 def scalars(folder):

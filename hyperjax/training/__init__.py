@@ -3,10 +3,20 @@
 from hyperjax.training.checkpoint import Checkpoints, NotSaved
 from hyperjax.training.configs import read_config
 from hyperjax.training.evaluation import Evaluation, make_evaluate
-from hyperjax.training.experiment import Workdir, bad_input, count, device, environment, parse, print_summary, say
+from hyperjax.training.experiment import (
+    Workdir,
+    bad_input,
+    count,
+    device,
+    environment,
+    parse,
+    print_summary,
+    say,
+    writable,
+)
 from hyperjax.training.interrupts import Interrupted, NonFinite, stopping
 from hyperjax.training.loop import fit, seconds
-from hyperjax.training.mesh import Devices, Layout, Watched, lay_out, make_mesh
+from hyperjax.training.mesh import Devices, FitConfig, Layout, lay_out, make_mesh
 from hyperjax.training.metrics import JsonLines, open_lines, plot_curves, read_lines, series, write_json
 from hyperjax.training.optimizer import average_params, averaged_params, matrices, schedule
 from hyperjax.training.profiling import Profile
@@ -19,6 +29,7 @@ __all__ = [
     "Devices",
     "Evaluation",
     "Examined",
+    "FitConfig",
     "Interrupted",
     "JsonLines",
     "Layout",
@@ -27,7 +38,6 @@ __all__ = [
     "Profile",
     "TrainState",
     "Trials",
-    "Watched",
     "Workdir",
     "apply_in_blocks",
     "average_params",
@@ -56,5 +66,6 @@ __all__ = [
     "seconds",
     "series",
     "stopping",
+    "writable",
     "write_json",
 ]

@@ -248,11 +248,17 @@ class Checkpoints(Generic[T]):
     def _evaluate(self, step: int, meta: dict[str, Any], value: float) -> None:
         """Gives a checkpoint that was saved without a value its value and new `meta`, in one replacement of a file."""
         self._note_best(step, value)
-        body = json.loads(json.dumps({**self._read_item(step), "meta": meta, "best": self.best}))
-        text = json.dumps({**body, "own_sha256": digest_json(body)})
-        if processes.is_main():
-            write_text(self.directory / str(step) / "meta" / "metadata", text)
-        processes.meet("evaluated")
+        error: BaseException | None = None
+        try:
+            with self._writing():
+                body = json.loads(json.dumps({**self._read_item(step), "meta": meta, "best": self.best}))
+                text = json.dumps({**body, "own_sha256": digest_json(body)})
+                if processes.is_main():
+                    write_text(self.directory / str(step) / "meta" / "metadata", text)
+        except NotSaved as caught:
+            error = caught
+        if any(processes.agree(error is not None)):
+            raise error or NotSaved(f"process 0 cannot write in {self.directory}; see what it says")
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:

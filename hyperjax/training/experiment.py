@@ -22,12 +22,12 @@ import jax
 import tyro
 
 from hyperjax.training import processes
-from hyperjax.training.mesh import Layout, Watched
+from hyperjax.training.mesh import FitConfig, Layout
 from hyperjax.training.metrics import write_json
 
 Config = TypeVar("Config")
 PACKAGE = Path(__file__).resolve().parents[1]
-WHERE = {field.name for field in dataclasses.fields(Watched)}  # where a run runs, which may change when it resumes
+WHERE = {field.name for field in dataclasses.fields(FitConfig)}  # where a run runs, which may change when it resumes
 
 
 def fail(message: object) -> NoReturn:
@@ -318,6 +318,18 @@ def git_commit(folder: Path) -> str | None:
         return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def writable(out: str) -> Path:
+    """Where `--out` is, with `~` expanded.
+
+    Raises:
+        ValueError: it is a folder, or in none that exists and can be written.
+    """
+    path = Path(out).expanduser()
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--out is {out}, expected a file in a folder that exists and can be written")
+    return path
 
 
 def say(text: str) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import os
 import shlex
 import signal
 import sys
@@ -127,9 +128,10 @@ def signals() -> Iterator[Received]:
 
     def note(number: int, _frame: Any) -> None:
         received.append(number)
-        print("\nstopping when the step now running is done; again to stop at once", file=sys.stderr)
         signal.signal(signal.SIGINT, before[signal.SIGINT])
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # not by print, which a print that it interrupts would refuse
+            os.write(2, b"\nstopping when the step now running is done; again to stop at once\n")
         if received.inside:
             raise Ended
 

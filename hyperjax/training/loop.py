@@ -274,7 +274,8 @@ def _not_finite(what: str, checkpoints: Checkpoints) -> str:
     good = "no checkpoint was written before it"
     if steps:
         good = f"the last good checkpoint is step {steps[-1]:,} in {checkpoints.directory}"
-    return f"{what}; {good}; in a new --workdir try a lower learning rate, a lower clip, or float32"
+    hope = "go on with --non-finite skip, or in a new --workdir try a lower learning rate, a lower clip, or float32"
+    return f"{what}; {good}; {hope}"
 
 
 def _bar(steps: int, at: int, unit: str) -> Any:

@@ -13,7 +13,7 @@ of a hypernetwork, need not be gathered: each device then computes its part of w
 import dataclasses
 import math
 import re
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -39,10 +39,12 @@ class Devices:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Watched(Devices):
-    """The fields of every experiment that trains with `fit`: where it runs, and what is recorded of that."""
+class FitConfig(Devices):
+    """The fields of every experiment that trains with `fit`: where, what is recorded, and what ends it."""
 
     profile: int = 0  # record so many steps, a few after the first: a trace, and the operations that took longest
+    non_finite: Literal["stop", "skip"] = "stop"  # at a loss or gradient that is not finite; skip leaves its update out
+    max_skipped: int = 10  # how many updates may be skipped before the run stops
 
 
 def mesh_shape(text: str) -> dict[str, int]:
@@ -97,8 +99,10 @@ def lay_out(config: Devices, *, batch: int | None = None, in_place: str | None =
         ValueError: a field of `config` makes no sense, they do not go together, the devices are not there, or the
             batch cannot be split.
     """
-    if isinstance(config, Watched) and config.profile < 0:
+    if isinstance(config, FitConfig) and config.profile < 0:
         raise ValueError(f"--profile is {config.profile}, expected a number of steps to record, or 0")
+    if isinstance(config, FitConfig) and config.max_skipped < 0:
+        raise ValueError(f"--max-skipped is {config.max_skipped}, expected a whole number of at least 0")
     if config.mesh is not None:
         mesh_shape(config.mesh)
     several = processes.connect(config.coordinator, config.num_processes, config.process_id, config.mesh is not None)

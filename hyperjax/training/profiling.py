@@ -28,7 +28,7 @@ class Cost(NamedTuple):
 
 
 class Profile:
-    """Records some calls of a function: none before it is warm, and none of what comes between them.
+    """Records some calls of a function, none before it is warm; the table is of them alone.
 
         with Profile(folder, calls=10) as profile:
             for batch in batches:

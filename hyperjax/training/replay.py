@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from hyperjax.paramtree import path_string
-from hyperjax.training.state import LossFn, TrainState
+from hyperjax.training.state import LossFn, TrainState, gradient, norm, scale_of
 
 
 class Examined(NamedTuple):
@@ -44,11 +43,11 @@ def examine(loss_fn: LossFn, state: TrainState, batch: Any, key: jax.Array) -> E
     """
 
     @jax.jit
-    def gradient(state, batch):
+    def computed(state, batch):
         step_key = jax.random.fold_in(key, state.step)
-        return jax.value_and_grad(loss_fn, has_aux=True)(state.params, state.carry, batch, step_key)
+        return gradient(loss_fn, scale_of(state))(state.params, state.carry, batch, step_key)
 
-    (loss, (carry, metrics)), grads = gradient(state, batch)
+    (loss, (carry, metrics)), grads = computed(state, batch)
     modules: dict[str, list[jax.Array]] = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(grads)[0]:
         modules.setdefault(path_string(keys).split("/")[0], []).append(leaf)
@@ -56,8 +55,8 @@ def examine(loss_fn: LossFn, state: TrainState, batch: Any, key: jax.Array) -> E
     return Examined(
         float(loss),
         {name: float(value) for name, value in metrics.items()},
-        float(optax.tree.norm(grads)),
-        {name: float(optax.tree.norm(leaves)) for name, leaves in modules.items()},
+        float(norm(grads)),
+        {name: float(norm(leaves)) for name, leaves in modules.items()},
         {name: not_finite(tree) for name, tree in looked_at.items()},
     )
 

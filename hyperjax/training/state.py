@@ -112,20 +112,12 @@ def _one_step(
             return layout.pin(*update(state, batch, key))
 
     def update(state: TrainState, batch: Any, key: Array) -> tuple[TrainState, dict[str, Array]]:
-        scale = state.opt_state.scale if isinstance(state.opt_state, ScaledState) else None
-
-        def scaled_loss(*arguments: Any) -> tuple[Array, tuple[Any, dict[str, Array], Array]]:
-            loss, (carry, metrics) = loss_of(*arguments)
-            return (loss if scale is None else loss * scale), (carry, metrics, loss)
-
-        gradient = jax.value_and_grad(scaled_loss, has_aux=True)
         step_key = jax.random.fold_in(key, state.step)
-        (_, (carry, metrics, loss)), grads = gradient(state.params, state.carry, batch, step_key)
-        if scale is not None:
-            grads = jax.tree.map(lambda g: g / scale.astype(g.dtype), grads)
+        scale = scale_of(state)
+        (loss, (carry, metrics)), grads = gradient(loss_of, scale)(state.params, state.carry, batch, step_key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, **metrics, "grad_norm": optax.tree.norm(grads)}
+        metrics = {"loss": loss, **metrics, "grad_norm": norm(grads)}
         new = TrainState(state.step + 1, params, opt_state, carry)
         if scale is not None or non_finite == "skip":
             good = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
@@ -140,3 +132,34 @@ def _one_step(
         return new, metrics
 
     return step
+
+
+def scale_of(state: TrainState) -> Array | None:
+    """The factor of the loss, or None where it is not scaled."""
+    return state.opt_state.scale if isinstance(state.opt_state, ScaledState) else None
+
+
+def norm(grads: Any) -> Array:
+    """The global norm of a gradient, in float32 at least: squares of small numbers in float16 are 0."""
+    return optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads))
+
+
+def gradient(loss_fn: LossFn, scale: Array | None) -> Callable[..., tuple[tuple[Array, tuple[Any, Any]], Any]]:
+    """The loss, what comes with it, and its gradient, which is taken of the loss times `scale` and divided by it again.
+
+    Args:
+        loss_fn: as of `make_step`.
+        scale: None is 1.
+    """
+
+    def scaled_loss(*arguments: Any) -> tuple[Array, tuple[Any, dict[str, Array], Array]]:
+        loss, (carry, metrics) = loss_fn(*arguments)
+        return (loss if scale is None else loss * scale), (carry, metrics, loss)
+
+    def found(*arguments: Any) -> tuple[tuple[Array, tuple[Any, Any]], Any]:
+        (_, (carry, metrics, loss)), grads = jax.value_and_grad(scaled_loss, has_aux=True)(*arguments)
+        if scale is not None:  # in float32: the scale is beyond float16
+            grads = jax.tree.map(lambda g: (g.astype(jnp.float32) / scale).astype(g.dtype), grads)
+        return (loss, (carry, metrics)), grads
+
+    return found
