@@ -84,7 +84,7 @@ def check(config: Config) -> None:
     """Raises ValueError for a field that makes no sense."""
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), "--" + field.name.replace("_", "-")
-        if field.type is int and field.name != "seed" and value < 1:
+        if field.type is int and field.name not in ("seed", "profile", "max_skipped") and value < 1:
             raise ValueError(f"{name} is {value}, expected a whole number of at least 1")
         if field.type is float and field.name not in ("decay", "noise") and not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}, expected a positive number")
