@@ -212,21 +212,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The figures as text."""
-    lines = ["| network | precision | quality | step over float32's | temporary MiB | overflowed steps |"]
-    lines.append("|---|---|---|---|---|---|")
-    base = {row["network"]: row["ms"] for row in rows if row["precision"] == "float32"}
+    """The figures as text; differences are by seed."""
+    columns = (
+        "network",
+        "precision",
+        "quality",
+        "less float32's",
+        "step over float32's",
+        "temporary MiB",
+        "overflowed",
+    )
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    whole = {row["network"]: row for row in rows if row["precision"] == "float32"}
     for row in rows:
-        about, quality = NETWORKS[row["network"]].__doc__ or "", row["quality"]
-        spread = f" ± {np.std(quality, ddof=1):.3f}" if len(quality) > 1 else ""
-        cells = [about.strip().rstrip("."), row["precision"], f"{np.mean(quality):.3f}{spread}"]
-        cells += [
-            f"{row['ms'] / base[row['network']]:.2f}",
-            f"{row['temp_mib']:.1f}",
-            f"{np.mean(row['overflowed']):g}",
-        ]
+        base = whole[row["network"]]
+        about = (NETWORKS[row["network"]].__doc__ or "").strip().rstrip(".")
+        apart = np.subtract(row["quality"], base["quality"])
+        cells = [about, row["precision"], _spread(row["quality"]), "-" if row is base else _spread(apart)]
+        cells += [f"{row['ms'] / base['ms']:.2f}", f"{row['temp_mib']:.1f}", f"{np.mean(row['overflowed']):.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _spread(values: Any) -> str:
+    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

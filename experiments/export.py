@@ -75,19 +75,20 @@ def measure(served: export_runs.Served, exported: Any, batch: int, repeats: int)
         repeats: rounds.
     """
     arrays = list(served.inputs(batch).values())
-    forms: dict[str, Any] = {"exported": exported, "library": served.run}
-    forms |= {"trained": served.trained} if served.trained is not None else {}
-    programs_of = {name: compiled(function, *arrays) for name, function in forms.items()}
-    outputs = {name: jax.tree.leaves(program(*arrays)) for name, program in programs_of.items()}
+    forms: dict[str, Any] = {"exported": (exported, *arrays), "library": (served.run, *arrays)}
+    if served.trained is not None:  # with its variables as arguments: the compiler would make constants' weights itself
+        forms["trained"] = (served.trained, served.variables, *arrays)
+    calls = {name: partial(compiled(function, *given), *given) for name, (function, *given) in forms.items()}
+    outputs = {name: jax.tree.leaves(call()) for name, call in calls.items()}
     gap = max(
         float(np.max(np.abs(np.asarray(a) - np.asarray(b))) / max(1.0, float(np.max(np.abs(np.asarray(b))))))
         for a, b in zip(outputs["exported"], outputs["library"], strict=True)
     )
     found: dict[str, float] = {"gap": gap}
-    times = in_turn({name: partial(program, *arrays) for name, program in programs_of.items()}, repeats)
-    for name, program in programs_of.items():
+    times = in_turn(calls, repeats)
+    for name, call in calls.items():
         found[f"{name}_ms"] = 1e3 * float(np.median(times[name]))
-        found[f"{name}_flops"] = programs.flops(program)
+        found[f"{name}_flops"] = programs.flops(call.func)
     return found
 
 

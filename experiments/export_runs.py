@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -38,9 +39,11 @@ class Served(NamedTuple):
         title: what it is.
         run: what is exported, a function of arrays.
         params: what it computes with.
-        trained: the same function by the network as it was trained, with its gates or its hypernetwork; None: as `run`.
+        trained: the same by the network as it was trained, with its gates or its hypernetwork: a function of its
+            variables and the arrays; None: as `run`.
         inputs: batch size -> arrays to call them with, by name.
         free: of `hyperjax.serving.export`.
+        variables: of `trained`.
     """
 
     title: str
@@ -49,6 +52,7 @@ class Served(NamedTuple):
     trained: Callable[..., Any] | None
     inputs: Callable[[int], dict[str, Any]]
     free: Any = ("batch",)
+    variables: Any = None
 
 
 def open_run(
@@ -158,8 +162,9 @@ def _few_shot(config: Any, workdir: Path, task: int) -> Served:
         f"task {task} of {config.tasks}, checkpoint {int(state['step']):,}",
         lambda x: family.model.apply({"params": network}, x),
         network,
-        lambda x: hyper.apply(variables, x, task_id=task),
+        lambda variables, x: hyper.apply(variables, x, task_id=task),
         lambda batch: {"x": np.random.default_rng(0).standard_normal((batch, width)).astype(np.float32)},
+        variables=variables,
     )
 
 
@@ -180,8 +185,9 @@ def _images(config: Any, workdir: Path) -> Served:
         title,
         lambda x: run(network, carry, x, False)[0],
         network,
-        (lambda x: apply(params, carry, x, False)[0]) if isinstance(model, HyperNetwork) else None,
+        (lambda params, x: apply(params, carry, x, False)[0]) if isinstance(model, HyperNetwork) else None,
         lambda batch: {"images": np.resize(images, (batch, *images.shape[1:]))},
+        variables=params,
     )
 
 
@@ -191,17 +197,16 @@ def _routing(config: Any, workdir: Path) -> Served:
     state = _restore(workdir, data.fingerprint)
     model, variables = multitask_snr.make_model(config, data), {"params": state["params"]["network"]}
 
-    def trained(**features):
-        return model.apply(variables, data.encode(features))[0]
+    def trained(variables, *arrays):
+        return model.apply(variables, data.encode(dict(zip(names, arrays, strict=True))))[0]
 
     def inputs(batch):
         return {name: np.resize(array, (batch, *array.shape[1:])) for name, array in data.test.features.items()}
 
     title = f"{config.model} on {data.name}, checkpoint {int(state['step']):,}"
     names = list(data.test.features)
-    as_trained = lambda *arrays: trained(**dict(zip(names, arrays, strict=True)))  # noqa: E731
     if not isinstance(model, routing.SNR) or model.gates is None or model.per == "sample":
-        return Served(title, as_trained, variables, None, inputs)
+        return Served(title, partial(trained, variables), variables, None, inputs)
     if lost := routing.lost_tasks(model, variables):
         raise ValueError(f"no path is left to {', '.join(lost)} in {workdir}; train again with a lower --l0")
     small = routing.compact(model, variables)
@@ -209,7 +214,7 @@ def _routing(config: Any, workdir: Path) -> Served:
     def run(*arrays):
         return small.model.apply(small.variables, data.encode(dict(zip(names, arrays, strict=True))))[0]
 
-    return Served(f"{title}, compact", run, small.variables, as_trained, inputs)
+    return Served(f"{title}, compact", run, small.variables, trained, inputs, variables=variables)
 
 
 def _transformer(config: Any, folder: Path, within: Path, fixed: bool) -> Served:
@@ -237,10 +242,10 @@ def _transformer(config: Any, folder: Path, within: Path, fixed: bool) -> Served
     def served(tokens, mask=None):
         return run(needed, tokens, mask)
 
-    def trained(tokens, mask=None):
+    def trained(variables, tokens, mask=None):
         out: Any = model.apply(variables, tokens, **({} if mask is None else {"mask": mask}))
         return out["logits"]
 
     compacted = isinstance(model, pruning.Gated) and model.per == "static"
     title = f"{folder.name} on {task.name}, checkpoint {int(state['step']):,}" + (", compact" if compacted else "")
-    return Served(title, served, needed, trained if compacted else None, inputs)
+    return Served(title, served, needed, trained if compacted else None, inputs, variables=variables)
