@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from functools import partial
 
 import char_lm
@@ -15,6 +16,8 @@ import multitask_snr
 import numpy as np
 import pytest
 
+from hyperjax.training import Workdir
+
 TEXT = "".join(f"{n} green bottles, and {n * n % 97} on the wall.\n" for n in range(300))
 QUICK = "--log-every=2", "--eval-every=2"
 
@@ -25,20 +28,36 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     (folder / "text.txt").write_text(TEXT)
     small = ["--units=8", "--hyper-units=4", "--embedding=2", "--batch=4", "--length=16", "--sample-length=5"]
-    few = ["--train-tasks=5", "--tune-tasks=2", "--new-tasks=2", "--batch=5", "--samples=5", "--adapt-steps=2"]
-    sizes = ["--width=16", "--heads=2", "--ffn=64", "--blocks=4", "--length=16", "--prompt=4", "--eval-windows=4"]
-    methods = ["--methods", "static", "sequence", "experts", "--budgets", "0.7", "--batch=4", "--repeats=1"]
     started = {
         "char": (char_lm, [f"--corpus={folder / 'text.txt'}", *small, "--steps=4", *QUICK]),
-        "few": (fewshot_adaptation, [*few, "--steps=4", *QUICK]),
         "images": (hypernet_images, ["--features=4", "--steps=4", *QUICK]),
         "snr": (multitask_snr, ["--steps=4", "--budget=4000", *QUICK]),
         "mmoe": (multitask_snr, ["--steps=4", "--budget=4000", "--model=mmoe", *QUICK]),
-        "pruned": (dynamic_pruning, [*methods, *sizes, "--steps=4", *QUICK]),
     }
     for name, (script, arguments) in started.items():
         assert script.main([*arguments, f"--workdir={folder / name}"]) == 0
+    few_shot(folder / "few")
+    pruned(folder / "pruned")
     return folder
+
+
+def few_shot(folder):
+    """A run that has trained, and not yet compared."""
+    config = fewshot_adaptation.Config(train_tasks=5, batch=5, samples=5, steps=4, eval_every=2)
+    family = fewshot_adaptation.make_family(config)
+    with Workdir(folder, config).open() as workdir:
+        hyper = fewshot_adaptation.make_hyper(config, family)
+        fewshot_adaptation.train(config, workdir, family, hyper, time.perf_counter())
+
+
+def pruned(folder):
+    """A run that has trained, and not yet measured."""
+    sizes = {"width": 16, "heads": 2, "ffn": 64, "blocks": 4, "length": 16, "prompt": 4, "eval_windows": 4, "batch": 4}
+    config = dynamic_pruning.Config(budgets=(0.7,), steps=4, eval_every=4, **sizes)
+    task = dynamic_pruning.load(config, 0)
+    with Workdir(folder, config).open() as workdir:
+        for name in ("static", "sequence", "experts"):
+            dynamic_pruning.train(config, name, 0.7, 0, task, workdir, f"{name}_70-seed0", None, time.perf_counter())
 
 
 CASES = [
