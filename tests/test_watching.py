@@ -125,9 +125,17 @@ def test_tensorboard_shows_what_the_lines_say(tmp_path):
 
 def test_without_tensorboard_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setitem(sys.modules, "tensorboard.summary", None)
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
     loop.run(tmp_path)
     assert not (tmp_path / "tensorboard").exists()
+
+
+def test_a_board_that_cannot_be_written_is_given_up(tmp_path):
+    (tmp_path / "file").touch()
+    with Board(tmp_path / "file" / "board") as board:
+        board.write(1, {"loss": 0.5})
+        board.write(2, {"loss": 0.5})
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 def test_what_is_no_number_is_not_drawn(tmp_path):
