@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import json
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from hyperjax.training import FitConfig, Profile, lay_out, read_lines
 from hyperjax.training.board import Board
-from hyperjax.training.profiling import WARM_UP, Cost, operation_names, table
+from hyperjax.training.profiling import WARM_UP, Cost, _own_times, operation_names, table
 
 
 def two_products(x, w):
@@ -72,6 +73,17 @@ def test_a_run_that_is_too_short_still_ends_its_trace(tmp_path):
     second.call(STEP, X, W)
     second.finish()
     assert second.report is None
+
+
+def event(name, start, length, module="jit_step"):
+    return SimpleNamespace(start_ns=start, duration_ns=length, stats=[("hlo_op", name), ("hlo_module", module)])
+
+
+def test_an_operation_is_not_charged_for_those_within_it():
+    events = [event("while", 0, 100), event("dot", 10, 30), event("dot", 50, 30), event("copy", 55, 5)]
+    events += [event("add", 120, 10), event("dot", 200, 40, "jit_other"), SimpleNamespace(stats=[("thread", 3)])]
+    found = list(_own_times(SimpleNamespace(events=events), "jit_step"))
+    assert sorted(found) == [("add", 10), ("copy", 5), ("dot", 25), ("dot", 30), ("while", 40)]
 
 
 def test_names_say_where_in_the_model():
