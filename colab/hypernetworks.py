@@ -31,15 +31,13 @@ if importlib.util.find_spec("google.colab"):  # nothing to do elsewhere
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
 import hyperjax as hj
 from hyperjax import hypernet, training
-from hyperjax.plotting import COLORS
+from hyperjax.plotting import COLORS, shade, show, subplots
 
-plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, "font.size": 9})
 print(training.device())
 
 # %% [markdown]
@@ -128,13 +126,13 @@ for number in range(steps):
 variables, losses = {"params": state.params}, np.array(losses)
 
 # %%
-figure, axes = plt.subplots(figsize=(6, 2.6), layout="constrained")
+figure, axes = subplots(size=(6, 2.6))
 axes.semilogy(losses, color="0.8", lw=0.5)
 smooth = np.convolve(losses, np.full(50, 1 / 50), "valid")
 axes.semilogy(np.arange(len(smooth)) + 50, smooth, color=COLORS[0], lw=2)
 axes.set(xlabel="step", ylabel="mean squared error")
-axes.set_title(f"100 sines from one network that makes networks: error {smooth[-1]:.3f}", fontsize=10)
-plt.show()
+axes.set_title(f"100 sines from one network that makes networks: error {smooth[-1]:.3f}")
+show(figure)
 
 # %% [markdown]
 # ## A walk through the space of embeddings
@@ -151,9 +149,9 @@ walk = jnp.stack([(1 - s) * table[low] + s * table[high] for s in shares])
 grid = jnp.linspace(-5, 5, 200)[:, None]
 kernels = [hyper.generate(variables, z=z)["layers_2"]["kernel"] for z in walk]
 
-figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.2), layout="constrained", width_ratios=(1.4, 1))
+figure, (left, right) = subplots(1, 2, (9.5, 3.2), width_ratios=(1.4, 1))
 for s, z in zip(shares, walk, strict=True):
-    left.plot(grid, hyper.apply(variables, grid, z=z), color=plt.cm.cividis(s), lw=1.6)
+    left.plot(grid, hyper.apply(variables, grid, z=z), color=shade(s), lw=1.6)
 for task, name in ((low, "first task"), (high, "second task")):
     left.plot(grid, sine(settings[task], np.asarray(grid)), color=COLORS[1], lw=1, ls=":", label=f"{name}, true")
 left.set(xlabel="x", ylabel="y", title="The sine turns over along the way (dark to light)")
@@ -168,7 +166,7 @@ right.set(
 )
 right.spines[:].set_visible(False)
 figure.colorbar(image, ax=right, shrink=0.8, label="change of the weight")
-plt.show()
+show(figure)
 
 # %% [markdown]
 # What the table has learned: amplitudes and phases, which nobody told it, lie in order. The two directions below are those
@@ -178,12 +176,12 @@ plt.show()
 centred = np.asarray(table - table.mean(0))
 _, spread, directions = np.linalg.svd(centred, full_matrices=False)
 flat = centred @ directions[:2].T
-figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.2), layout="constrained")
+figure, axes = subplots(1, 2, (8.5, 3.2))
 for each, column, name in zip(axes, (0, 1), ("amplitude", "phase"), strict=True):
     points = each.scatter(*flat.T, c=settings[:, column], cmap="cividis", s=24)
     each.set(xlabel="first direction", ylabel="second direction", title=f"Embeddings, by {name}")
     figure.colorbar(points, ax=each, label=name)
-plt.show()
+show(figure)
 print(f"shares of the variance: {np.round(spread**2 / (spread**2).sum(), 3)}")
 
 # %% [markdown]
@@ -197,11 +195,11 @@ ids = np.random.default_rng(1).integers(0, TASKS, 2000)
 x = np.random.default_rng(2).uniform(-5, 5, (2000, 1)).astype(np.float32)
 apart = jax.jit(lambda z, x: hyper.apply(variables, x, z=z))(table[ids], x)
 wanted = sine(settings[ids], x[:, None])[:, 0]
-figure, axes = plt.subplots(figsize=(3.6, 3.2), layout="constrained")
+figure, axes = subplots(size=(3.6, 3.2))
 axes.plot(wanted, apart, ".", ms=2, color=COLORS[0])
 axes.plot([-3, 3], [-3, 3], color="0.6", lw=1, ls=":")
 axes.set(xlabel="the task's own sine", ylabel="answer", title="2,000 samples, each by its own network")
-plt.show()
+show(figure)
 
 # %% [markdown]
 # ## A new task: four numbers to find
@@ -217,7 +215,7 @@ shots = np.random.default_rng(3).uniform(-5, 5, (5, 1)).astype(np.float32)
 found = hypernet.adapt(
     hyper, variables, shots, sine(setting, shots), lambda y, t: jnp.square(y - t), start="mean", steps=200
 )
-figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+figure, (left, right) = subplots(1, 2, (9, 3))
 for number, color, label in ((0, COLORS[4], "mean of the table"), (-1, COLORS[0], "adapted")):
     left.plot(grid, hyper.apply(variables, grid, z=found.trajectory[number]), lw=1.8, color=color, label=label)
 left.plot(grid, sine(setting, np.asarray(grid)), color="0.5", lw=1, ls=":", label="true")
@@ -227,7 +225,7 @@ left.legend(fontsize=7, frameon=False)
 right.semilogy(found.losses, color=COLORS[0])
 weights = training.count(hyper.generate(variables, task_id=0))
 right.set(xlabel="step", ylabel="error on the points", title=f"{E} numbers to find instead of {weights:,}")
-plt.show()
+show(figure)
 
 # %% [markdown]
 # Against fitting all weights of the target from their best start, the embedding needs fewer points: it can only become

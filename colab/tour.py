@@ -42,19 +42,14 @@ if importlib.util.find_spec("google.colab"):  # nothing to do elsewhere
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
 import hyperjax as hj
-from hyperjax import data, pruning, routing, sharing, training, transformer
-from hyperjax.plotting import COLORS
-from hyperjax.pruning.plots import plot_compute
+from hyperjax import data, plotting, pruning, routing, sharing, training, transformer
+from hyperjax.plotting import COLORS, shade, show, subplots
 from hyperjax.recurrent.dynamics import scale_changes
-from hyperjax.routing.plots import plot_routing
-from hyperjax.sharing.plots import plot_groups
 
-plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, "font.size": 9})
 print(training.device())
 
 
@@ -116,18 +111,18 @@ print(f"{made:,} weights made from 2 numbers; mean squared error {losses[:10].me
 z = hyper.embeddings({"params": trained})
 first, last = int(np.argmin(phase)), int(np.argmax(phase))
 x = jnp.linspace(-3, 3, 200)[:, None]
-figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+figure, (left, right) = subplots(1, 2, (9, 3.2))
 left.scatter(*np.asarray(z).T, c=phase, cmap="cividis", s=30)
 left.plot(*np.asarray(z)[[first, last]].T, color=COLORS[1], lw=1)
 left.set(xlabel="$z_1$", ylabel="$z_2$", title="Embeddings, by the phase of their task")
 for share in np.linspace(0, 1, 6):
     y = hyper.apply({"params": trained}, x, z=(1 - share) * z[first] + share * z[last])
-    right.plot(x, y, color=plt.cm.cividis(share), lw=1.6, label=f"{share:.1f}")
+    right.plot(x, y, color=shade(share), lw=1.6, label=f"{share:.1f}")
 right.set(xlabel="x", ylabel="answer", title="Networks along the line: the sine moves over")
 right.legend(
     title="share of\nthe way", fontsize=7, title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False
 )
-plt.show()
+show(figure)
 
 # %% [markdown]
 # ## 2. HyperLSTM: a small network rewrites a large one at every character
@@ -155,13 +150,14 @@ reader, losses = train(text_loss, start, streams.window, steps=250, rate=1e-2)
 print(f"{losses[:5].mean() / np.log(2):.2f} -> {losses[-5:].mean() / np.log(2):.2f} bits per character")
 
 # %%
-text = corpus.decode(corpus.valid[300:620])
+text = " ".join(corpus.decode(corpus.valid[300:900]).split())[:400]
 changes = scale_changes(model, reader, corpus.encode(text))["layer_0"]
-figure, axes = plt.subplots(figsize=(9, 1.6), layout="constrained")
-plot_compute(axes, text, np.asarray(changes["f"]), columns=80)
-axes.set_title("How far each character moved the generated scales of the forget gate", fontsize=10)
-figure.colorbar(axes.images[0], ax=axes, label="change of $d_f$", aspect=6, shrink=0.75)
-plt.show()
+width, height = plotting.text_size(text, 100)
+figure, axes = subplots(size=(width + 1, height + 0.5))
+plotting.plot_text(axes, text, changes["f"], columns=100)
+axes.set_title("How far each character moved the generated scales of the forget gate")
+figure.colorbar(axes.images[0], ax=axes, label="change of $d_f$", aspect=8)
+show(figure)
 
 # %% [markdown]
 # ## 3. Sub-network routing: gates that learn what tasks share
@@ -196,11 +192,11 @@ small = routing.compact(router, {"params": routed})
 print(f"loss {losses[:10].mean():.2f} -> {losses[-10:].mean():.2f}")
 
 # %%
-figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-plot_routing(axes, router, {"params": routed})
+figure, axes = subplots(size=(7, 4))
+plotting.plot_routing(axes, router, {"params": routed})
 before, after = small.params
-axes.set_title(f"What is left: {after:,} of {before:,} parameters", fontsize=10)
-plt.show()
+axes.set_title(f"What is left: {after:,} of {before:,} parameters")
+show(figure)
 
 # %% [markdown]
 # ## 4. Pruning: a Transformer within a budget
@@ -230,7 +226,7 @@ gates = gated.apply({"params": cut}, jnp.zeros((1, 8), jnp.int32))["gates"]
 compacted = pruning.compact(gated, {"params": cut})
 
 # %%
-figure, axes = plt.subplots(1, 2, figsize=(9, 2.6), layout="constrained")
+figure, axes = subplots(1, 2, (9, 2.6))
 for each, name, values in zip(axes, ("heads", "blocks"), (gates.heads, gates.blocks), strict=True):
     values = np.asarray(values)
     image = each.imshow(np.where(values > 0, values, np.nan), vmin=0, vmax=1, cmap="cividis", aspect="auto")
@@ -242,7 +238,7 @@ for each, name, values in zip(axes, ("heads", "blocks"), (gates.heads, gates.blo
     each.set_title(f"{(values > 0).sum()} of {values.size} {name} stay, grey ones are cut out", fontsize=10)
     each.spines[:].set_visible(False)
 figure.colorbar(image, ax=axes, label="gate")
-plt.show()
+show(figure)
 print(hj.summarize(compacted.model, jnp.zeros((1, 48), jnp.int32)))
 
 # %% [markdown]
@@ -272,13 +268,13 @@ layer_map = sharing.contiguous(sharing.medoid(1 - alike), layers=6, groups=3)
 net, params = sharing.convert(plain, whole, sharing.Maps.same(layer_map), tokens)
 
 # %%
-figure, axes = plt.subplots(figsize=(3.8, 3.4), layout="constrained")
-plot_groups(axes, alike, layer_map)
+figure, axes = subplots(size=(3.8, 3.4))
+plotting.plot_groups(axes, alike, layer_map)
 axes.set_title(
     f"3 sets for 6 layers: {training.count(params) / training.count(whole):.0%} of the parameters", fontsize=10
 )
 figure.colorbar(axes.images[0], ax=axes, shrink=0.8, label="CKA of the layers' features")
-plt.show()
+show(figure)
 
 # %% [markdown]
 # ## Exercises

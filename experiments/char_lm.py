@@ -153,7 +153,7 @@ def run(config: Config, corpus: Corpus, streams: Streams, workdir: training.Work
     with contextlib.ExitStack() as stack:
         for each in (checkpoints, metrics, timings):
             stack.enter_context(each)
-        stack.callback(training.plot_curves, metrics.path, workdir.path / "curves.png", title=title)
+        stack.callback(training.save_curves, metrics.path, workdir.path / "curves.png", title=title)
         state = training.fit(
             state,
             *advance,

@@ -14,7 +14,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -255,9 +255,23 @@ def run(config: Config, images: Images, tasks: list[Task], workdir: training.Wor
         training.say(f"\n{learner}, accuracy in %\n{continual.accuracy_table(matrix, names)}")
         summary |= {f"{learner}_{name}": value for name, value in continual.continual_scores(matrix).items()}
     title = f"Tasks learned in turn ({config.tasks} {images.name}), with the output regulariser and without"
-    continual.plot_accuracies(matrices, workdir.path / "accuracy.png", names=names, title=title)
+    draw(matrices, names, workdir.path / "accuracy.png", title)
     params, seconds = state.params["plain"], training.seconds(resumed, started)
     return {**summary, "main_params": main, **training.environment(__file__, params, config.seed, seconds)}
+
+
+def draw(matrices: Mapping[str, np.ndarray], names: Sequence[str], path: Path, title: str) -> None:
+    """Draws the accuracies of the learners side by side."""
+    from hyperjax import plotting
+
+    low = 10 * math.floor(10 * min(float(np.nanmin(matrix)) for matrix in matrices.values()))
+    side = 1.4 + 0.42 * max(len(names), 7)
+    figure, panels = plotting.subplots(1, len(matrices), (side * len(matrices) + 0.8, side + 0.4), title, squeeze=False)
+    for axes, (learner, matrix) in zip(panels[0], matrices.items(), strict=True):
+        plotting.plot_accuracies(axes, matrix, names, low)
+        axes.set_title(f"{learner}\n{axes.get_title(loc='left')}", loc="left", fontsize=10)
+    figure.colorbar(axes.images[0], ax=list(panels[0]), label="test accuracy, %", shrink=0.8)
+    plotting.save(figure, path)
 
 
 def read_matrices(path: Path, learners: Iterable[str], number: int) -> dict[str, np.ndarray]:

@@ -250,11 +250,11 @@ def report(rows: list[dict[str, Any]], label: str, touched: dict[str, int]) -> d
 
 def plot(rows: list[dict[str, Any]], family: Any, title: str, path: Any) -> None:
     """Draws the error of each way over the number of shots: a dot for each new task, and their mean."""
-    from matplotlib.figure import Figure
+    from hyperjax import plotting
 
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-    axes = figure.subplots()
-    styles = zip(WAYS.items(), ("#c2410c", "#0072b2", "#6b7280"), (0.94, 1.0, 1.06), strict=True)
+    figure, axes = plotting.subplots(size=(7.2, 4.4), title=title)
+    colors = (plotting.COLORS[1], plotting.COLORS[0], plotting.GREY)
+    styles = zip(WAYS.items(), colors, (0.94, 1.0, 1.06), strict=True)
     for (way, label), color, shift in styles:
         own = [row for row in rows if row["way"] == way]
         for row in own:
@@ -268,12 +268,9 @@ def plot(rows: list[dict[str, Any]], family: Any, title: str, path: Any) -> None
     axes.tick_params(axis="x", which="minor", bottom=False)
     axes.set_xlabel(f"shots ({family.shot})")
     axes.set_ylabel(f"{family.label} on new tasks")
-    axes.set_title(title, loc="left", fontsize=11)
     axes.legend(frameon=False)
-    axes.grid(axis="y", color="0.92")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    plotting.plain(axes)
+    plotting.save(figure, path)
 
 
 def run(config: Config, workdir: training.Workdir, started: float) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -28,7 +29,7 @@ import optax
 from hyperjax import paramtree, training
 from hyperjax.data import Batches, Images, Split, load_images, pad_crop_flip
 from hyperjax.hypernet import ConvTiles, HyperNetwork, Learned
-from hyperjax.hypernet.image_models import ConvNet, WideResNet, draw_kernels
+from hyperjax.hypernet.image_models import ConvNet, WideResNet
 
 FREE = ("workdir", "data_file", "save_minutes", "keep_checkpoints")  # a run may resume with other values of these
 
@@ -237,7 +238,7 @@ def run(config: Config, data: Images, batches: Batches, workdir: training.Workdi
     curves["title"] = f"{config.model} on {data.name}, {counts['trained']:,} parameters"
     kept = {"checkpoints": checkpoints, "metrics": metrics, "timings": timings, "meta": images, "resumed": resumed}
     with checkpoints, metrics, timings, contextlib.ExitStack() as stack:
-        stack.callback(training.plot_curves, metrics.path, workdir.path / "curves.png", **curves)
+        stack.callback(training.save_curves, metrics.path, workdir.path / "curves.png", **curves)
         state = training.fit(
             state,
             training.make_step(make_loss(config, model, data), optimizer, workdir.layout, non_finite=config.non_finite),
@@ -257,7 +258,7 @@ def run(config: Config, data: Images, batches: Batches, workdir: training.Workdi
         )
 
     drawn, _ = kernels(config, model, state.params)
-    draw_kernels(drawn, workdir.path / "kernels.png", f"{data.name}: {made}")
+    draw(drawn, workdir.path / "kernels.png", f"{data.name}: {made}")
     return {
         "model": config.model,
         "data": data.name,
@@ -267,6 +268,20 @@ def run(config: Config, data: Images, batches: Batches, workdir: training.Workdi
         **{f"params_{name}": counts[name] for name in ("main", "kernels", "hypernetwork")},
         **training.environment(__file__, state.params, config.seed, training.seconds(resumed, started)),
     }
+
+
+def draw(made: Mapping[str, Any], path: Path, title: str, most: int = 3) -> None:
+    """Draws the first kernel, the last, and some between, at most 16 channels of each."""
+    from hyperjax import plotting
+
+    names = list(made)
+    names = [names[i] for i in sorted({round(i) for i in np.linspace(0, len(names) - 1, most)})]
+    figure, panels = plotting.subplots(1, len(names), (5.4 * len(names) + 0.6, 5.3), title, squeeze=False)
+    for axes, name in zip(panels[0], names, strict=True):
+        plotting.plot_kernel(axes, made[name])
+        axes.set_title(f"{name}, {' x '.join(map(str, np.shape(made[name])))}", fontsize=9)
+        figure.colorbar(axes.images[0], ax=axes, shrink=0.7, label="weight", extend="both")
+    plotting.save(figure, path)
 
 
 def describe(

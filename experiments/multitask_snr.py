@@ -228,28 +228,27 @@ def run(config: Config, data: TaskData, model: nn.Module, workdir: training.Work
         summary |= serve(snr, network, data, workdir)
     label, title = "sum of the tasks' losses", f"{config.model} on {data.name}"
     options = {"train": "task_loss", "valid": "valid_task_loss", "label": label, "title": title}
-    training.plot_curves(files["metrics"].path, workdir.path / "curves.png", **options)
+    training.save_curves(files["metrics"].path, workdir.path / "curves.png", **options)
     seconds = training.seconds(resumed, started)
     return {**summary, **training.environment(__file__, network, config.seed, seconds)}
 
 
 def serve(model: routing.SNR, network: Any, data: TaskData, workdir: training.Workdir) -> dict[str, Any]:
     """Compacts the network and measures what that saves; draws its routing and its gates over time."""
-    from hyperjax.plotting import save
-    from hyperjax.routing.plots import plot_gates, plot_routing
+    from hyperjax import plotting
 
     if model.per == "sample":
         training.say("gates of this network depend on the sample: nothing can be cut out, and no routing be drawn")
         return {}
-    variables, figure = {"params": network}, new_figure((7.5, 5.0))
-    axes = figure.subplots()
-    plot_routing(axes, model, variables).set_title(f"Routing learned on {data.name}", loc="left", fontsize=11)
-    save(figure, workdir.path / "routing.png")
-    rows, figure = training.read_lines(workdir.path / "gates.jsonl"), new_figure((7.5, 4.2))
+    variables = {"params": network}
+    figure, axes = plotting.subplots(size=(7.5, 5.0), title=f"Routing learned on {data.name}")
+    plotting.plot_routing(axes, model, variables)
+    plotting.save(figure, workdir.path / "routing.png")
+    rows = training.read_lines(workdir.path / "gates.jsonl")
+    figure, axes = plotting.subplots(size=(7.5, 4.2), title=f"Gates of {data.name} while it learns")
     history = {name: np.array([row[name] for row in rows]) for name in rows[0] if name != "step"}
-    axes = plot_gates(figure.subplots(), [row["step"] for row in rows], history)
-    axes.set_title(f"Gates of {data.name} while it learns", loc="left", fontsize=11)
-    save(figure, workdir.path / "gates.png")
+    plotting.plot_gates(axes, [row["step"] for row in rows], history)
+    plotting.save(figure, workdir.path / "gates.png")
     lost = routing.lost_tasks(model, variables)
     if lost:
         training.say(f"no path is left to {', '.join(lost)}: not compacted; lower --l0, or raise --target or --open")
@@ -264,13 +263,6 @@ def serve(model: routing.SNR, network: Any, data: TaskData, workdir: training.Wo
         f"{form} in {1e3 * found[f'seconds_{form}']:.2f} ms: {found[f'ratio_{form}_over_compact']:.2f} times as long"
     )
     return {"tasks_lost": 0} | {f"serving_{name}": value for name, value in found.items()}
-
-
-def new_figure(size: tuple[float, float]) -> Any:
-    """An empty figure; matplotlib is loaded only here."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=size, layout="constrained")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -51,53 +51,44 @@ def draw(
 
 def draw_tradeoff(points: Mapping[str, list], path: Path, xlabel: str, ylabel: str, title: str) -> None:
     """Writes the picture of quality against cost."""
-    from matplotlib.figure import Figure
+    from hyperjax import plotting
 
-    from hyperjax.plotting import save
-    from hyperjax.pruning.plots import plot_tradeoff
-
-    figure = Figure(figsize=(8.0, 4.6), layout="constrained")
-    plot_tradeoff(figure.subplots(), points, xlabel, ylabel).set_title(title, loc="left", fontsize=11)
-    save(figure, path)
+    figure, axes = plotting.subplots(size=(8.0, 4.6), title=title)
+    plotting.plot_tradeoff(axes, points, xlabel, ylabel)
+    plotting.save(figure, path)
 
 
 def draw_openness(found: Mapping[str, dict[str, np.ndarray]], groups: tuple[str, ...], path: Path, title: str) -> None:
     """Writes the picture of which units are open for which inputs, a row of axes for each network and kind of unit."""
-    from matplotlib.figure import Figure
-
-    from hyperjax.plotting import save
-    from hyperjax.pruning.plots import plot_utilisation
+    from hyperjax import plotting
 
     rows = [(name, kind, part) for name, kinds in found.items() for kind, part in kinds.items()]
     if not rows:
         return
-    figure = Figure(figsize=(9.0, 0.9 + 1.25 * len(rows)), layout="constrained")
-    for axes, (name, kind, part) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
+    figure, panels = plotting.subplots(len(rows), 1, (9.0, 0.9 + 1.25 * len(rows)), title, squeeze=False)
+    for axes, (name, kind, part) in zip(panels[:, 0], rows, strict=True):
         layers, units = part.shape[1:]
-        plot_utilisation(axes, part.reshape(len(groups), -1), groups, [""] * (layers * units))
+        plotting.plot_utilisation(axes, part.reshape(len(groups), -1), groups, [""] * (layers * units))
         axes.set_xticks([(l + 0.5) * units - 0.5 for l in range(layers)], [f"layer {l + 1}" for l in range(layers)])
         for l in range(1, layers):
             axes.axvline(l * units - 0.5, color="white", linewidth=1.5)
         axes.set_title(f"{name.replace('_', ' ')}: {kind}", loc="left", fontsize=9)
     figure.colorbar(axes.images[0], ax=figure.axes, label="share of positions that compute it", shrink=0.6)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    save(figure, path)
+    plotting.save(figure, path)
 
 
 def draw_compute(texts: Mapping[str, np.ndarray], text: str, path: Path, title: str) -> None:
     """Writes the picture of compute by character, for each network."""
-    from matplotlib.figure import Figure
-
-    from hyperjax.plotting import save
-    from hyperjax.pruning.plots import plot_compute
+    from hyperjax import plotting
 
     if not texts:
         return
-    lines = -(-len(text) // 64)
-    figure = Figure(figsize=(9.0, 0.5 + len(texts) * (0.6 + 0.3 * lines)), layout="constrained")
-    for axes, (name, compute) in zip(figure.subplots(len(texts), 1, squeeze=False)[:, 0], texts.items(), strict=True):
-        plot_compute(axes, text, compute)
+    width, height = plotting.text_size(text, 96)
+    figure, panels = plotting.subplots(
+        len(texts), 1, (width + 1.4, 0.5 + len(texts) * (0.4 + height)), title, squeeze=False
+    )
+    for axes, (name, compute) in zip(panels[:, 0], texts.items(), strict=True):
+        plotting.plot_text(axes, text, compute, columns=96)
         axes.set_title(f"{name.replace('_', ' ')}", loc="left", fontsize=9)
         figure.colorbar(axes.images[0], ax=axes, label="share of dense", shrink=0.9, pad=0.01)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    save(figure, path)
+    plotting.save(figure, path)

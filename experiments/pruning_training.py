@@ -180,7 +180,7 @@ def train(
             )
     label = "bits per character" if task.unit == "bpc" else "share of wrong answers"
     options = {"train": f"train_{task.unit}", "valid": f"valid_{task.unit}", "label": label}
-    training.plot_curves(files[0].path, folder / "curves.png", title=f"{folder.name} on {task.name}", **options)
+    training.save_curves(files[0].path, folder / "curves.png", title=f"{folder.name} on {task.name}", **options)
     network = state.params["network"]
     return model, network, evaluate(network, "test")
 

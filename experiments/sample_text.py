@@ -8,14 +8,12 @@ The text alone goes to stdout, so that it can be piped; everything else goes to 
 
 import contextlib
 import dataclasses
-import io
 import math
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import char_lm_runs
 import jax
@@ -30,7 +28,7 @@ GATE_NAMES = {"i": "input gate i", "g": "candidate g", "f": "forget gate f", "o"
 PICTURES = (".png", ".svg", ".pdf")
 COLUMNS = 112  # of text side by side, over all panels
 LONGEST = 1200  # characters in a picture
-SIGNS = {" ": "\N{MIDDLE DOT}", "\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\t": "\N{RIGHTWARDS ARROW}"}
+POINTS = 9.0  # size of a character
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,98 +79,28 @@ def draw(
         prime: how many characters were given; they are underlined.
         title, note: the two lines over the picture.
     """
-    import matplotlib
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LinearSegmentedColormap, Normalize
-    from matplotlib.figure import Figure
+    from hyperjax import plotting
 
     panels = [(layer, gate) for layer, gates in changes.items() for gate in gates]
     across = min(2, len(panels))
-    columns = COLUMNS // across
-    places = lay_out(symbols, columns)
-    lines = places[-1][0] + 1
-    down = math.ceil(len(panels) / across)
-    size, cell, row = 9.0, 9.0 * 0.0092, 9.0 * 0.0205  # points; inches of a cell
-    wide, high = (columns + 1) * cell, lines * row
-    left, gap, head, panel_head, foot = 0.4, 0.4, 0.72, 0.4, 0.95
-    width = 2 * left + across * wide + (across - 1) * gap
-    height = head + down * (high + panel_head) + foot
-
-    values = np.concatenate([changes[layer][gate] for layer, gate in panels])
-    norm = Normalize(0, max(float(np.percentile(values, 98)), 1e-12))
-    # Perceptually uniform; without its black end, on which no two values can be told apart behind text.
-    colours = LinearSegmentedColormap.from_list("dynamics", matplotlib.colormaps["magma_r"](np.linspace(0, 0.82, 256)))
-    shown = drawable(symbols)
-    figure = Figure(figsize=(width, height))
-    for n, (layer, gate) in enumerate(panels):
-        x = left + n % across * (wide + gap)
-        y = height - head - (n // across + 1) * (high + panel_head)
-        axes = figure.add_axes((x / width, y / height, wide / width, high / height))
-        axes.set(xlim=(0, columns + 1), ylim=(lines, 0))
-        axes.axis("off")
+    columns, down = COLUMNS // across, math.ceil(len(panels) / across)
+    width, height = plotting.text_size(symbols, columns, POINTS)
+    size = (across * (width + 0.2) + 0.2, down * (height + 0.35) + 1.1)
+    figure, every = plotting.subplots(down, across, size, f"{title}\n{note}", squeeze=False)
+    top = float(np.percentile(np.concatenate([changes[layer][gate] for layer, gate in panels]), 98))
+    for axes in every.ravel()[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (layer, gate) in zip(every.ravel(), panels, strict=False):
+        given = changes[layer][gate]
+        plotting.plot_text(axes, symbols, given, columns=columns, limits=(0.0, top), given=prime, size=POINTS)
         prefix = f"layer {int(layer.removeprefix('layer_')) + 1}, " if len(changes) > 1 else ""
-        axes.set_title(prefix + GATE_NAMES[gate], loc="left", fontsize=11, fontweight="bold", pad=5)
-        grid = np.full((lines, columns + 1), np.nan)
-        grid[tuple(np.transpose(places))] = changes[layer][gate]
-        axes.imshow(
-            np.ma.masked_invalid(grid), cmap=colours, norm=norm, extent=(0, columns + 1, lines, 0), aspect="auto"
-        )
-        axes.hlines(range(1, lines), 0, columns + 1, color="white", lw=1.4)
-        for m, (line, column) in enumerate(places):
-            ink = ink_on(colours(norm(changes[layer][gate][m])))
-            faint = 0.55 if symbols[m] in SIGNS else 1.0
-            style: dict[str, Any] = {"family": "DejaVu Sans Mono", "fontsize": size, "ha": "center", "va": "center"}
-            axes.text(column + 0.5, line + 0.53, shown[m], color=ink, alpha=faint, parse_math=False, **style)
-            if m < prime:
-                axes.plot([column, column + 1], [line + 0.93] * 2, color="#0e7490", lw=1.8, solid_capstyle="butt")
-    figure.text(left / width, 1 - 0.34 / height, title, fontsize=14, fontweight="bold", va="center")
-    figure.text(left / width, 1 - 0.62 / height, note, fontsize=9.5, color="0.35", va="center")
-    bar = figure.add_axes((left / width, 0.5 / height, min(wide, 4.5) / width, 0.13 / height))
-    figure.colorbar(ScalarMappable(norm, colours), cax=bar, orientation="horizontal", extend="max")
-    bar.tick_params(labelsize=8.5)
-    moved = r"how far the generated scales moved at a character, $\Vert d_h(t) - d_h(t-1)\Vert$"
-    bar.set_title(moved, loc="left", fontsize=9, pad=4)
-    picture = io.BytesIO()
-    figure.savefig(picture, format=path.suffix[1:].lower(), dpi=160, facecolor="white")
+        axes.set_title(prefix + GATE_NAMES[gate], loc="left", fontsize=11, fontweight="bold")
+    bar = figure.colorbar(axes.images[0], ax=every, orientation="horizontal", extend="max", shrink=0.5, aspect=40)
+    bar.set_label(r"how far the generated scales moved at a character, $\Vert d_h(t) - d_h(t-1)\Vert$", fontsize=9)
     try:
-        path.write_bytes(picture.getvalue())
+        plotting.save(figure, path)
     except OSError as error:
         raise ValueError(f"cannot write {path} ({error.strerror}); choose another file") from error
-
-
-def lay_out(symbols: Sequence[str], columns: int) -> list[tuple[int, int]]:
-    """The line and column of every character, wrapped between words; blanks may hang one column over the edge."""
-    places: list[tuple[int, int]] = []
-    line = column = 0
-    for token in re.findall(r"\s|\S+", "".join(symbols)):
-        edge = columns + token.isspace()
-        if column and column + len(token) > edge:
-            line, column = line + 1, 0
-        for _ in token:
-            if column == edge:
-                line, column = line + 1, 0
-            places.append((line, column))
-            column += 1
-        if token == "\n":
-            line, column = line + 1, 0
-    return places
-
-
-def drawable(symbols: Sequence[str]) -> list[str]:
-    """The characters as signs that the picture's font has; blanks become visible."""
-    from matplotlib.font_manager import findfont
-    from matplotlib.ft2font import FT2Font
-
-    font = FT2Font(findfont("DejaVu Sans Mono"))
-    shown = [SIGNS.get(symbol, symbol) for symbol in symbols]
-    return [s if s.isprintable() and font.get_char_index(ord(s)) else "\N{REPLACEMENT CHARACTER}" for s in shown]
-
-
-def ink_on(colour: Sequence[float]) -> str:
-    """Black or white, whichever stands out more from a colour (the relative luminance of WCAG 2)."""
-    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return "black" if luminance > 0.179 else "white"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -121,18 +121,15 @@ def report(config: Config, rows: list[dict[str, Any]]) -> None:
 
 def draw(config: Config, rows: list[dict[str, Any]], path: Path) -> None:
     """Predicted time of a step over the number of devices, at each speed of the links."""
-    from matplotlib.figure import Figure
+    from hyperjax import plotting
 
-    from hyperjax.plotting import save
-
-    figure = Figure(figsize=(7.4, 4.2), layout="constrained")
-    axes = figure.subplots()
+    title = f"{config.model.replace('_', ' ')}, batch {config.batch}: what links allow"
+    figure, axes = plotting.subplots(size=(7.4, 4.2), title=title)
     plain = sorted((row for row in rows if mesh_shape(row["mesh"])["model"] == 1), key=lambda row: row["devices"])
     split = [row for row in rows if mesh_shape(row["mesh"])["model"] > 1]
-    colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
     axes.plot([r["devices"] for r in plain], [r["compute_ms"] for r in plain], "k:", label="products alone")
-    for link, colour in zip(config.link_gb, colours * len(config.link_gb), strict=False):
-        name = f"ms_at_{link:g}"
+    for number, link in enumerate(config.link_gb):
+        name, colour = f"ms_at_{link:g}", plotting.color(number)
         axes.plot([r["devices"] for r in plain], [r[name] for r in plain], "o-", color=colour, label=f"{link:g} GB/s")
         axes.plot([r["devices"] for r in split], [r[name] for r in split], "s", color=colour, mfc="white")
     if split:
@@ -143,12 +140,9 @@ def draw(config: Config, rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_xticks(counts, [str(n) for n in counts])
     axes.set_xlabel("devices")
     axes.set_ylabel("predicted time of a step (ms)")
-    title = f"{config.model.replace('_', ' ')}, batch {config.batch}: what links allow"
-    axes.set_title(title, loc="left", fontsize=11)
     axes.legend(frameon=False, fontsize=9)
-    axes.grid(axis="y", color="0.92")
-    axes.spines[["top", "right"]].set_visible(False)
-    save(figure, path)
+    plotting.plain(axes)
+    plotting.save(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -250,16 +250,15 @@ def report(config: Config, summary: dict[str, Any]) -> None:
 
 def draw(config: Config, summary: dict[str, Any], path: Path) -> None:
     """Writes the picture of quality, tied beside untied."""
-    from matplotlib.figure import Figure
+    from hyperjax import plotting
 
-    from hyperjax.plotting import COLORS, GREY, save
-
+    first = plotting.COLORS[:2]
     widths = [1 + len(VARIANTS[name]) for name in config.cases]
-    figure = Figure(figsize=(max(7.0, 0.65 * sum(widths)), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(config.cases), squeeze=False, width_ratios=widths)[0]
-    for axes, name in zip(panels, config.cases, strict=True):
+    size = (max(7.0, 0.65 * sum(widths)), 3.6)
+    figure, panels = plotting.subplots(1, len(config.cases), size, squeeze=False, width_ratios=widths)
+    for axes, name in zip(panels[0], config.cases, strict=True):
         unit, names = unit_of(summary, name), VARIANTS[name]
-        colors = COLORS[:2] if len(names) == 2 else (GREY, *COLORS[:2])  # a teacher is grey
+        colors = first if len(names) == 2 else (plotting.GREY, *first)  # a teacher is grey
         whole = summary[f"{name}_{names[-1]}_params_unique"]
         means = [summary[f"{name}_{v}_{unit}_mean"] for v in names]
         errors = [summary.get(f"{name}_{v}_{unit}_std", 0.0) for v in names]
@@ -278,12 +277,11 @@ def draw(config: Config, summary: dict[str, Any], path: Path) -> None:
         axes.set_title(name, fontsize=10)
         axes.set_ylabel("bits per character" if unit == "bpc" else unit, fontsize=8)
         axes.tick_params(labelsize=8)
-        axes.grid(axis="y", color="0.92")
-        axes.spines[["top", "right"]].set_visible(False)
+        plotting.plain(axes)
     spread = f"mean and deviation of {config.seeds} seeds" if config.seeds > 1 else "one seed"
     title = f"The test of networks with and without ties, {spread}; % of the untied network's parameters"
     figure.suptitle(title, fontsize=10)
-    save(figure, path)
+    plotting.save(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,15 +7,12 @@ import numpy as np
 from sharing_rows import cka_of
 from text_tasks import Characters
 
-from hyperjax.plotting import save
 from hyperjax.transformer import Config, Decoder
 
 
 def draw(found: Any, summary: dict[str, Any], task: Characters, teachers: Any, sizes: Config, folder: Path) -> None:
     """Writes `cka.png`, of the first seed's teacher, and `params.png`."""
-    from matplotlib.figure import Figure
-
-    from hyperjax.sharing.plots import plot_groups, plot_quality
+    from hyperjax import plotting
 
     searched = {
         name.removeprefix("to_"): rows[0][0].layer_map
@@ -26,21 +23,20 @@ def draw(found: Any, summary: dict[str, Any], task: Characters, teachers: Any, s
         matrix = cka_of(Decoder(sizes), teachers[0], task.batch_at(10**6)["tokens"])
         columns = min(4, len(searched))
         lines = -(-len(searched) // columns)
-        figure = Figure(figsize=(2.6 * columns + 0.8, 2.7 * lines + 0.4), layout="constrained")
-        every = figure.subplots(lines, columns, squeeze=False).ravel()
+        figure, panels = plotting.subplots(lines, columns, (2.6 * columns + 0.8, 2.7 * lines + 0.4), squeeze=False)
+        every = panels.ravel()
         for axes, (name, layer_map) in zip(every, searched.items(), strict=False):
-            image = plot_groups(axes, matrix, layer_map).images[0]
+            image = plotting.plot_groups(axes, matrix, layer_map).images[0]
             axes.set_title(name, fontsize=10)
         for axes in every[len(searched) :]:
             axes.set_axis_off()
         figure.colorbar(image, ax=list(every), label="CKA", shrink=0.8)
         figure.suptitle(f"{task.name}: how alike the states after layers are, and what shares weights", fontsize=11)
-        save(figure, folder / "cka.png")
-    figure = Figure(figsize=(8.0, 4.8), layout="constrained")
+        plotting.save(figure, folder / "cka.png")
+    figure, axes = plotting.subplots(size=(8.0, 4.8), title=f"{task.name}: quality against parameters")
     points = {
         name: (summary[f"{name}_params_unique"], np.array([quality for *_, quality in rows]))
         for name, rows in found.items()
     }
-    axes = plot_quality(figure.subplots(), points, "unique parameters", "test bits per character")
-    axes.set_title(f"{task.name}: quality against parameters", loc="left", fontsize=11)
-    save(figure, folder / "params.png")
+    plotting.plot_networks(axes, points, "unique parameters", "test bits per character")
+    plotting.save(figure, folder / "params.png")

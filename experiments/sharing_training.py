@@ -140,7 +140,7 @@ def train(
                 max_skipped=config.max_skipped,
             )
     options = {"train": "train_bpc", "valid": "valid_bpc", "label": "bits per character"}
-    training.plot_curves(files[0].path, folder / "curves.png", title=f"{folder.name} on {task.name}", **options)
+    training.save_curves(files[0].path, folder / "curves.png", title=f"{folder.name} on {task.name}", **options)
     return state
 
 

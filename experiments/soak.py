@@ -250,19 +250,16 @@ def verdict(rows: list[dict[str, float]], config: Config, first: int) -> dict[st
 
 def plot(rows: list[dict[str, float]], config: Config, path: Path) -> None:
     """Draws the resident memory over time."""
-    from matplotlib.figure import Figure
+    from hyperjax import plotting
 
-    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([row["minutes"] for row in rows], [row["rss_mib"] for row in rows], "o-", color="#0072b2", ms=4)
+    figure, axes = plotting.subplots(
+        size=(7.2, 3.2), title="Resident memory; it is compared with what it is at the dotted line"
+    )
+    axes.plot([row["minutes"] for row in rows], [row["rss_mib"] for row in rows], "o-", color=plotting.COLORS[0], ms=4)
     axes.axvline(config.settle_minutes, color="0.6", lw=1, ls=":")
     axes.set_ylim(0, 1.2 * max(row["rss_mib"] for row in rows))
-    axes.set_title("Resident memory; it is compared with what it is at the dotted line", loc="left", fontsize=10)
-    axes.set_xlabel("minutes")
-    axes.set_ylabel("resident memory (MiB)")
-    axes.grid(axis="y", color="0.92")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    plotting.plain(axes).set(xlabel="minutes", ylabel="resident memory (MiB)")
+    plotting.save(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

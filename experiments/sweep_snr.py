@@ -245,13 +245,9 @@ def pick(rows: list[Figures], name: str, budget: int) -> list[Figures]:
 
 def draw_figures(config: Config, rows: list[Figures], path: Path) -> None:
     """Quality against size; beside it the random search."""
-    from matplotlib.figure import Figure
+    from hyperjax import plotting
 
-    from hyperjax.plotting import COLORS, save
-    from hyperjax.routing.plots import plot_quality
-
-    figure = Figure(figsize=(11.5, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = plotting.subplots(1, 2, (11.5, 4.6))
     label = "test quality (mean of AUC, accuracy or R²)"
     points: dict[str, list[tuple[Any, Any]]] = {}
     for name in config.models:
@@ -260,20 +256,20 @@ def draw_figures(config: Config, rows: list[Figures], path: Path) -> None:
             points.setdefault(name, []).append(
                 tuple([row[key] for row in found] for key in ("params", "test_quality"))  # type: ignore[arg-type]
             )
-    plot_quality(left, points, label=label)
+    plotting.plot_quality(left, points, label=label)
     kind = {"synthetic": f", correlation {config.correlation:g}", "census": f", {config.group}"}.get(config.data, "")
     left.set_title(f"{config.data}{kind}: mean ± standard deviation of {config.seeds} seeds", loc="left", fontsize=11)
     for number, name in enumerate(config.models):
         trials = [row for row in rows if row.get("model") == name and "trial" in row and not row["failed"]]
         x, y = ([row[key] for row in trials] for key in ("params", "valid_quality"))
-        right.scatter(x, y, s=22, alpha=0.7, label=name, color=COLORS[number % len(COLORS)])
+        right.scatter(x, y, s=22, alpha=0.7, label=name, color=plotting.color(number))
     top = max(row["valid_quality"] for row in rows if "trial" in row and not row["failed"])
     right.set_ylim(top - 0.25, top + 0.01)
     right.set(xlabel="parameters served", ylabel="validation quality")
     right.set_title(f"Random search: {config.search} settings of each", loc="left", fontsize=11)
     right.legend(frameon=False, fontsize=9)
-    right.spines[["top", "right"]].set_visible(False)
-    save(figure, path / "quality.png")
+    plotting.plain(right)
+    plotting.save(figure, path / "quality.png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,7 +26,6 @@ from hyperjax.hypernet.continual import (
     output_regularizer,
     output_regularizer_from_variables,
     pad_tasks,
-    plot_accuracies,
     remember,
 )
 
@@ -230,11 +229,3 @@ def test_scores_of_an_accuracy_matrix():
         continual_scores(matrix[:2])
     with pytest.raises(ValueError, match="accuracies of task 1 are missing in the last row"):
         continual_scores(np.array([[0.9, np.nan], [0.9, np.nan]]))
-
-
-def test_the_picture_is_a_png(tmp_path):
-    matrix = np.array([[0.9, np.nan], [0.6, 1.0]])
-    plot_accuracies({"plain": matrix, "held": matrix}, tmp_path / "out.png", names=["0/1", "2/3"], title="A title")
-    content = (tmp_path / "out.png").read_bytes()
-    assert content.startswith(b"\x89PNG")
-    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]

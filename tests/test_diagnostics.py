@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
 from hyperjax.hypernet import Generator, HyperNetwork, Learned
 from hyperjax.hypernet.diagnostics import (
@@ -16,7 +15,6 @@ from hyperjax.hypernet.diagnostics import (
     embedding_prior,
     embedding_similarity,
     generation_share,
-    plot_similarity,
 )
 
 
@@ -44,31 +42,6 @@ def test_a_table_is_a_matrix_of_floats(table):
     for function in (embedding_similarity, Familiarity.fit):
         with pytest.raises(ValueError, match=r"the table is .* of shape .*, expected floating point numbers \[T, E\]"):
             function(table)
-
-
-@pytest.mark.parametrize(
-    ("names", "tasks"), [(None, 2), (["first one", "second"], 2), ([str(i) for i in range(70)], 70)]
-)
-def test_the_heat_map_is_red_where_alike_and_blue_where_opposite(tmp_path, names, tasks):
-    def shares(table):
-        path = tmp_path / "new" / "map.png"
-        plot_similarity(table, path, names=names, title="A title")
-        with Image.open(path) as picture:
-            assert picture.format == "PNG"
-            pixels = np.asarray(picture.convert("RGB")).astype(int)
-        left = pixels[:, : int(0.75 * pixels.shape[1])]  # without the colour bar
-        red, blue = ((left[..., a] > left[..., b] + 60).mean() for a, b in ((0, 2), (2, 0)))
-        return red, blue
-
-    same = np.ones((tasks, 3))
-    half = same * np.where(np.arange(tasks) < tasks // 2, 1, -1)[:, None]
-    red, blue = shares(same)
-    assert red > 0.3
-    assert blue == 0
-    red, blue = shares(half)
-    assert 0.8 < red / blue < 1.25
-    with pytest.raises(ValueError, match=f"there are {tasks + 1} names for {tasks} embeddings, expected one for each"):
-        plot_similarity(same, tmp_path / "map.png", names=["a"] * (tasks + 1))
 
 
 def slow(x):

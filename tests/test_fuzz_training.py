@@ -22,9 +22,9 @@ from hyperjax.training import (
     JsonLines,
     Workdir,
     parse,
-    plot_curves,
     print_summary,
     read_lines,
+    save_curves,
     series,
 )
 
@@ -98,7 +98,7 @@ def test_any_file_of_metrics_is_read_continued_and_drawn_or_one_line(tmp_path_fa
     if not isinstance(found, str):
         assert all(np.isfinite(value) for _, value in series(found, "bpc"))
         path.write_bytes(raw)
-        plot_curves(path, path.with_suffix(".png"))
+        save_curves(path, path.with_suffix(".png"))
 
 
 def test_deep_nesting_is_one_line(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hyperjax.hypernet import ConvTiles, HyperNetwork, Learned
-from hyperjax.hypernet.image_models import ConvNet, WideResNet, draw_kernels
+from hyperjax.hypernet.image_models import ConvNet, WideResNet
 from hyperjax.paramtree import count, select, structure
 
 GROUPS = "^group.*/conv"
@@ -108,13 +108,3 @@ class TestWideResNet:
     def test_impossible_sizes(self, depth, width):
         with pytest.raises(ValueError, match=f"depth {depth}, width {width}: expected a depth 6 n"):
             shapes(WideResNet(depth, width), 8, 8, 3)
-
-
-def test_kernels_become_a_picture(tmp_path):
-    from matplotlib.image import imread
-
-    kernels = {f"group1_block{i}/conv1/kernel": np.full((3, 3, 16, 32), i, np.float32) for i in range(1, 6)}
-    wide, one = tmp_path / "three.png", tmp_path / "one.png"
-    draw_kernels(kernels, wide, "five kernels")
-    draw_kernels({"conv/kernel": np.zeros((2, 3, 1, 4))}, one, "zeros")
-    assert imread(wide).shape[1] > 2.5 * imread(one).shape[1]

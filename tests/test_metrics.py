@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hyperjax.training import JsonLines, plot_curves, read_lines, write_json
+from hyperjax.training import JsonLines, read_lines, save_curves, write_json
 
 
 def write(path, *steps):
@@ -81,9 +81,9 @@ def test_the_curves_show_the_data(tmp_path):
         for step in range(10, 200, 10):
             lines.write(step, bpc=2 + 30 / step)
         lines.write(190, valid_bpc=2.2)
-    plot_curves(tmp_path / "m", tmp_path / "all.png", title="a model")
+    save_curves(tmp_path / "m", tmp_path / "all.png", title="a model")
     write(tmp_path / "none", 1)
-    plot_curves(tmp_path / "none", tmp_path / "none.png")
+    save_curves(tmp_path / "none", tmp_path / "none.png")
     images = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
     assert sorted(images) == ["all.png", "none.png"]
     assert all(image.startswith(b"\x89PNG") for image in images.values())

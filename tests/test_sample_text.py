@@ -101,21 +101,6 @@ def test_uses_the_best_checkpoint_and_leaves_the_run_as_it_is(trained):
     assert before == {path: path.read_bytes() for path in sorted(trained.rglob("*")) if path.is_file()}
 
 
-def test_lines_break_between_words_and_at_newlines():
-    places = sample_text.lay_out("ab cdef gh\n\nlonger_than_it", columns=7)
-    lines = {}
-    for symbol, (line, column) in zip("ab cdef gh\n\nlonger_than_it", places, strict=True):
-        lines.setdefault(line, {})[column] = symbol
-    assert all(list(row) == list(range(len(row))) for row in lines.values())
-    assert ["".join(row.values()) for row in lines.values()] == ["ab cdef ", "gh\n", "\n", "longer_", "than_it"]
-
-
-def test_blanks_are_visible_and_signs_without_a_glyph_replaced():
-    assert "".join(sample_text.drawable("a \n\t$\x07\U0001f600")) == "a\u00b7\u21b5\u2192$\ufffd\ufffd"
-    assert sample_text.ink_on((1, 1, 0.8, 1)) == "black"
-    assert sample_text.ink_on((0.2, 0.05, 0.4, 1)) == "white"
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

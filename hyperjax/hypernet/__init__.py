@@ -12,7 +12,6 @@ from hyperjax.hypernet.diagnostics import (
     embedding_prior,
     embedding_similarity,
     generation_share,
-    plot_similarity,
 )
 from hyperjax.hypernet.generators import MLP, Generator, Linear, SeparableMLP
 from hyperjax.hypernet.modulated import LowRank, Scale
@@ -44,5 +43,4 @@ __all__ = [
     "embedding_similarity",
     "export",
     "generation_share",
-    "plot_similarity",
 ]

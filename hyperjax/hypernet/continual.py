@@ -8,10 +8,7 @@ M slots for old tasks (-1 is an empty one), T tasks.
 """
 
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -168,45 +165,6 @@ def accuracy_table(accuracies: np.ndarray, names: Sequence[str]) -> str:
     for after, row in enumerate(accuracies):
         lines.append([names[after].ljust(20), *(f"{100 * value:.1f}".rjust(width) for value in row[: after + 1])])
     return "\n".join(map(" ".join, lines))
-
-
-def plot_accuracies(
-    matrices: Mapping[str, np.ndarray], path: str | os.PathLike, *, names: Sequence[str], title: str = ""
-) -> None:
-    """Draws accuracy matrices side by side, as `continual_scores` takes them.
-
-    Args:
-        matrices: [T, T] by name of the learner.
-        path: the PNG to write.
-        names: of the tasks, T.
-        title: one line over the picture.
-    """
-    from matplotlib.figure import Figure
-
-    low = 10 * math.floor(10 * min(float(np.nanmin(matrix)) for matrix in matrices.values()))
-    side = 1.4 + 0.42 * max(len(names), 7)
-    figure = Figure(figsize=(side * len(matrices) + 0.8, side + 0.4), layout="constrained")
-    panels = figure.subplots(1, len(matrices), squeeze=False)[0]
-    for axes, (learner, matrix) in zip(panels, matrices.items(), strict=True):
-        drawn = axes.imshow(100 * matrix, cmap="cividis", vmin=low, vmax=100)
-        for (row, column), value in np.ndenumerate(100 * matrix):
-            if np.isfinite(value):
-                color = "white" if value < (low + 100) / 2 else "black"
-                axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
-        scores = continual_scores(matrix)
-        found = f"{100 * scores['accuracy']:.1f} % in the end, {100 * scores['forgetting']:.1f} points forgotten"
-        axes.set_title(f"{learner}\n{found}", loc="left", fontsize=10)
-        axes.set_xticks(range(len(names)), names)
-        axes.set_yticks(range(len(names)), names)
-        axes.set_xlabel("tested in task")
-        axes.set_ylabel("after learning task")
-        axes.spines[:].set_visible(False)
-    figure.colorbar(drawn, ax=panels, label="test accuracy, %", shrink=0.8)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
-    with tempfile.NamedTemporaryFile(dir=Path(path).parent, suffix=".png", delete=False) as file:
-        figure.savefig(file, format="png", dpi=150)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
 
 
 def _generate(hyper: HyperNetwork, ids: Array) -> Weights:

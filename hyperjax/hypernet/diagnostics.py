@@ -4,12 +4,10 @@ B batch of embeddings, E width of an embedding, T tasks.
 """
 
 import math
-import os
 import statistics
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -36,46 +34,6 @@ def embedding_similarity(table: Array) -> Array:
     length = jnp.linalg.norm(table, axis=1, keepdims=True)
     unit = table / jnp.where(length > 0, length, 1.0)
     return jnp.clip(jnp.matmul(unit, unit.T, precision="highest"), -1.0, 1.0)
-
-
-def plot_similarity(
-    table: Array, path: str | os.PathLike, names: Sequence[str] | None = None, title: str = "Similarity of embeddings"
-) -> None:
-    """Draws the similarity of all pairs of embeddings as a heat map.
-
-    Args:
-        table: [T, E].
-        path: the PNG to write.
-        names: of the T tasks, drawn for up to 60; by default their numbers.
-        title: one line over the picture.
-
-    Raises:
-        ValueError: not one name for each row, or as in `embedding_similarity`.
-    """
-    from matplotlib.figure import Figure
-
-    similarity = np.asarray(embedding_similarity(table))
-    tasks = len(similarity)
-    if names is not None and len(names) != tasks:
-        raise ValueError(f"there are {len(names)} names for {tasks} embeddings, expected one for each")
-    size = min(max(3.2, 0.42 * tasks), 7.5)
-    figure = Figure(figsize=(size + 1.4, size + 0.5), layout="constrained")
-    axes = figure.subplots()
-    picture = axes.imshow(similarity, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
-    for (i, j), value in np.ndenumerate(similarity) if tasks <= 12 else ():
-        colour = "white" if abs(value) > 0.6 else "black"
-        axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
-    if names is not None and tasks <= 60:
-        axes.set_xticks(range(tasks), names, rotation=90 if max(map(len, names)) > 3 else 0)
-        axes.set_yticks(range(tasks), names)
-        axes.tick_params(labelsize=9 if tasks <= 20 else 5)
-    else:
-        axes.locator_params(integer=True, min_n_ticks=1)
-    axes.set(xlabel="task", ylabel="task")
-    axes.set_title(title, loc="left", fontsize=11)
-    figure.colorbar(picture, ax=axes, label="cosine similarity", shrink=0.9)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=150)
 
 
 class GenerationShare(NamedTuple):

@@ -3,14 +3,9 @@
 B batch, H rows, W columns, C channels, K classes; h w size of a kernel.
 """
 
-import os
-from collections.abc import Mapping
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 Array = jax.Array
 
@@ -123,41 +118,6 @@ class WideResNet(nn.Module):
                 x = Block(features, stride, name=f"group{group}_block{block}")(x, train)
         x = nn.relu(_norm("norm", train)(x))
         return nn.Dense(self.classes, name="head")(jnp.mean(x, axis=(1, 2)))
-
-
-def draw_kernels(kernels: Mapping[str, Any], path: str | os.PathLike, title: str, most: int = 3) -> None:
-    """Draws kernels as grids: a row for each input channel, a column for each output channel, at most 16 of either.
-
-    Args:
-        kernels: kernels [h, w, in, out] by path; drawn are the first, the last, and some between.
-        path: the PNG to write.
-        title: one line over the picture.
-        most: how many kernels to draw.
-    """
-    from matplotlib.figure import Figure
-
-    names = list(kernels)
-    names = [names[i] for i in sorted({round(i) for i in np.linspace(0, len(names) - 1, most)})]
-    figure = Figure(figsize=(5.4 * len(names) + 0.6, 5.3), layout="constrained")
-    for axes, name in zip(np.ravel(figure.subplots(1, len(names))), names, strict=True):
-        kernel = np.asarray(kernels[name], np.float32)[:, :, :16, :16]
-        h, w, rows, columns = kernel.shape
-        grid = np.full((rows, h + 1, columns, w + 1), np.nan, np.float32)  # a gap after each kernel
-        grid[:, :h, :, :w] = kernel.transpose(2, 0, 3, 1)
-        bound = float(np.quantile(np.abs(kernel), 0.995)) or 1.0
-        grid = grid.reshape(rows * (h + 1), columns * (w + 1))[:-1, :-1]
-        shown = axes.imshow(grid, cmap="PuOr", vmin=-bound, vmax=bound, interpolation="nearest")
-        axes.set_xticks(np.arange(columns) * (w + 1) + (w - 1) / 2, np.arange(1, columns + 1), fontsize=7)
-        axes.set_yticks(np.arange(rows) * (h + 1) + (h - 1) / 2, np.arange(1, rows + 1), fontsize=7)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        axes.set_xlabel("output channel")
-        axes.set_ylabel("input channel")
-        shape = " x ".join(map(str, np.shape(kernels[name])))
-        axes.set_title(f"{name}, {shape}", fontsize=9)
-        figure.colorbar(shown, ax=axes, shrink=0.7, label="weight", extend="both")
-    figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=150)
 
 
 def _max_pool(x: Array) -> Array:

@@ -17,7 +17,7 @@ from hyperjax.training.experiment import (
 from hyperjax.training.interrupts import Interrupted, NonFinite, stopping
 from hyperjax.training.loop import fit, seconds
 from hyperjax.training.mesh import Devices, FitConfig, Layout, lay_out, make_mesh
-from hyperjax.training.metrics import JsonLines, open_lines, plot_curves, read_lines, series, write_json
+from hyperjax.training.metrics import JsonLines, open_lines, read_lines, save_curves, series, write_json
 from hyperjax.training.optimizer import average_params, averaged_params, matrices, schedule
 from hyperjax.training.profiling import Profile
 from hyperjax.training.replay import Examined, examine
@@ -57,10 +57,10 @@ __all__ = [
     "matrices",
     "open_lines",
     "parse",
-    "plot_curves",
     "print_summary",
     "read_config",
     "read_lines",
+    "save_curves",
     "say",
     "schedule",
     "seconds",

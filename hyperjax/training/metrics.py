@@ -1,7 +1,6 @@
 """What a run writes down: JSON lines that survive a kill, a summary, and a picture of the curves."""
 
 import contextlib
-import io
 import json
 import os
 import tempfile
@@ -164,67 +163,17 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def plot_curves(
-    metrics: str | os.PathLike,
-    path: str | os.PathLike,
-    *,
-    train: str = "bpc",
-    valid: str = "valid_bpc",
-    label: str = "bits per character",
-    title: str = "",
-) -> None:
-    """Draws training and validation curves over steps, with the best validation value marked.
+def save_curves(metrics: str | os.PathLike, path: str | os.PathLike, *, title: str = "", **keywords: Any) -> None:
+    """Draws training and validation curves over steps.
 
     Args:
         metrics: the file of metrics, written by `JsonLines`.
-        path: the PNG to write.
-        train: key of the training curve.
-        valid: key of the validation curve.
-        label: what the vertical axis shows, with its unit.
-        title: one line over the picture.
+        path: the picture to write.
+        title: one line over it.
+        keywords: of `hyperjax.plotting.plot_curves`: keys of the curves, and what they show.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
+    from hyperjax import plotting
 
-    rows = read_lines(metrics)
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    axes = figure.subplots()
-    curves: tuple[tuple[str, str, dict[str, Any]], ...] = (
-        (train, "train", {"color": "#9db4c8", "lw": 1.6}),
-        (valid, "validation", {"color": "#c2410c", "lw": 2, "marker": "o", "ms": 4.5, "mec": "white"}),
-    )
-    for key, name, style in curves:
-        points = series(rows, key)
-        if not points:
-            continue
-        axes.plot(*zip(*points, strict=True), label=name, **style)
-        if key == valid:
-            step, best = min(points, key=lambda point: point[1])
-            axes.axhline(best, color=style["color"], lw=0.8, ls=":", zorder=0)
-            text = f"best {best:.3f} at step {step:,}"
-            axes.annotate(
-                text,
-                (0.99, best),
-                (0, -14),
-                ("axes fraction", "data"),
-                "offset points",
-                ha="right",
-                fontsize=9,
-                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1},
-            )
-    seen = sorted(value for key in (train, valid) for _, value in series(rows, key))
-    if seen:  # the first steps are far above all others and would flatten the rest
-        top = seen[min(len(seen) - 1, int(0.98 * len(seen)))]
-        low, span = seen[0], max(top - seen[0], 1e-3)
-        axes.set_ylim(low - 0.13 * span, top + 0.08 * span)
-        axes.legend(frameon=False, loc="upper right")
-    axes.set_xlabel("step")
-    axes.set_ylabel(label)
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(axis="y", color="0.92")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150)
-    write_bytes(path, image.getvalue())
+    figure, axes = plotting.subplots(title=title)
+    plotting.plot_curves(axes, read_lines(metrics), **keywords)
+    plotting.save(figure, path)

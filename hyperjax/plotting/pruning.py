@@ -1,19 +1,20 @@
 """Pictures of pruning: quality against cost, what opens for which input, compute along a text.
 
-Each draws on axes that the caller gives, and returns them. G groups of inputs, U units, S seeds.
+G groups of inputs, U units, S seeds.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 
-from hyperjax.plotting import COLORS, GREY, MARKERS
+from hyperjax.plotting.base import COLORS, GREY, MARKERS, plain
 
 
 def plot_tradeoff(
-    axes: Any, points: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]], xlabel: str, ylabel: str
-) -> Any:
+    axes: Axes, points: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]], xlabel: str, ylabel: str
+) -> Axes:
     """Draws quality against cost: a marker for each budget, with deviations over seeds both ways, joined by method.
 
     Args:
@@ -51,14 +52,12 @@ def plot_tradeoff(
         )[0]
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    axes.grid(color="#e6e6e6", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
     axes.legend(lines.values(), lines.keys(), fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return axes
 
 
-def plot_utilisation(axes: Any, openness: np.ndarray, groups: Sequence[str], units: Sequence[str]) -> Any:
+def plot_utilisation(axes: Axes, openness: np.ndarray, groups: Sequence[str], units: Sequence[str]) -> Axes:
     """Draws how often each unit is open for each group of inputs, and writes "dead" over units that never are.
 
     Args:
@@ -75,49 +74,10 @@ def plot_utilisation(axes: Any, openness: np.ndarray, groups: Sequence[str], uni
     named = [i for i, unit in enumerate(units) if unit]
     axes.set_xticks(named, [units[i] for i in named], fontsize=7)
     for unit in np.flatnonzero(openness.max(0) == 0):
-        axes.text(unit, (len(groups) - 1) / 2, "dead", rotation=90, color="white", fontsize=6, ha="center", va="center")
-    axes.tick_params(length=0)
-    return axes
-
-
-def plot_compute(axes: Any, text: str, compute: Sequence[float] | np.ndarray, columns: int = 64) -> Any:
-    """Writes a text whose characters lie on the darker a ground, the more was computed for them.
-
-    Args:
-        axes: to draw on.
-        text: its characters.
-        compute: share of the dense network's operations for each.
-        columns: characters in a line.
-
-    Returns:
-        The axes, whose image is `axes.images[0]`.
-
-    Raises:
-        ValueError: there is not one number for each character.
-    """
-    if len(text) != len(compute):
-        raise ValueError(f"{len(compute)} numbers for {len(text)} characters, expected one for each")
-    rows = -(-len(text) // columns)
-    ground = np.full(rows * columns, np.nan)
-    ground[: len(text)] = compute
-    low, high = float(np.min(compute)), float(np.max(compute))
-    image = axes.imshow(ground.reshape(rows, columns), cmap="Blues", aspect=2.0, vmin=low, vmax=max(high, low + 1e-3))
-    for number, character in enumerate(text):
-        dark = image.norm(compute[number]) > 0.6
-        shown = {"\n": "¶", " ": "·"}.get(character, character)
-        color = "white" if dark else "#222222"
         axes.text(
-            number % columns,
-            number // columns,
-            shown,
-            color=color,
-            fontsize=8,
-            family="monospace",
-            ha="center",
-            va="center",
-            parse_math=False,
+            float(unit), (len(groups) - 1) / 2, "dead", rotation=90, color="white", fontsize=6, ha="center", va="center"
         )
-    axes.set_axis_off()
+    axes.tick_params(length=0)
     return axes
 
 

@@ -1,8 +1,5 @@
 """Pictures of routing: what is drawn is what is there, and what they refuse."""
 
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +8,8 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from hyperjax.plotting import COLORS, GREY, INK, save
+from hyperjax.plotting import COLORS, GREY, INK, plot_gates, plot_quality, plot_routing
 from hyperjax.routing import SNR, Binary, MultiClass
-from hyperjax.routing.plots import plot_gates, plot_quality, plot_routing
 
 TASKS = {"class": MultiClass(3), "parity": Binary()}
 LEVELS = ((2, 2, 2), (2, (2, 3)))
@@ -169,25 +165,3 @@ def test_quality_shows_means_and_deviations(axes):
 def test_quality_refuses_what_cannot_be_drawn(axes, points, line):
     with pytest.raises(ValueError, match=line):
         plot_quality(axes, points, label="AUC")
-
-
-def test_save_replaces_a_file_in_one_step(tmp_path, axes):
-    path = tmp_path / "routing.png"
-    path.write_text("old")
-    save(axes.figure, path)
-    assert path.read_bytes().startswith(b"\x89PNG")
-
-    class Broken:
-        def savefig(self, file, **_):
-            file.write(b"half")
-            raise RuntimeError("no space")
-
-    with pytest.raises(RuntimeError, match="no space"):
-        save(Broken(), path)
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_matplotlib_is_loaded_by_the_picture_alone():
-    code = "import sys, hyperjax.routing.plots; sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,17 +1,18 @@
 """Pictures of sharing: how alike layers are, and which share; quality against unique parameters.
 
-Each draws on axes that the caller gives, and returns them. L layers, S seeds.
+L layers, S seeds.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 
-from hyperjax.plotting import COLORS, GREY, MARKERS
+from hyperjax.plotting.base import COLORS, GREY, MARKERS, plain
 
 
-def plot_groups(axes: Any, similarity: np.ndarray, layer_map: Sequence[int]) -> Any:
+def plot_groups(axes: Axes, similarity: np.ndarray, layer_map: Sequence[int]) -> Axes:
     """Draws a matrix of similarities [L, L] in [0, 1], and over it a square for each pair of layers that share weights,
     in the colour of their group.
 
@@ -23,8 +24,6 @@ def plot_groups(axes: Any, similarity: np.ndarray, layer_map: Sequence[int]) -> 
     Returns:
         The axes; the matrix is its first image.
     """
-    from matplotlib.patches import Rectangle
-
     layers = len(layer_map)
     lowest = np.floor(10 * np.min(similarity)) / 10  # similar layers differ little
     axes.imshow(similarity, vmin=min(lowest, 0.9), vmax=1, cmap="Greys")
@@ -43,7 +42,7 @@ def plot_groups(axes: Any, similarity: np.ndarray, layer_map: Sequence[int]) -> 
     return axes
 
 
-def plot_quality(axes: Any, points: Mapping[str, tuple[float, np.ndarray]], xlabel: str, ylabel: str) -> Any:
+def plot_networks(axes: Axes, points: Mapping[str, tuple[float, np.ndarray]], xlabel: str, ylabel: str) -> Axes:
     """Draws a marker for each network, with its deviation over seeds; those converted from a teacher are filled.
 
     Args:
@@ -73,10 +72,8 @@ def plot_quality(axes: Any, points: Mapping[str, tuple[float, np.ndarray]], xlab
         )
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    axes.grid(color="#e6e6e6", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
     handles, labels = axes.get_legend_handles_labels()
-    markers = [handle[0] for handle in handles]
+    markers = [handle[0] for handle in handles]  # type: ignore[index]
     axes.legend(markers, labels, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return axes

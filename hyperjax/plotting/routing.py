@@ -1,13 +1,5 @@
 """Pictures of routing: who reads whom, gates over time, and quality against the size that is served.
 
-Each draws on axes that the caller gives, and returns them:
-
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 5), layout="constrained")
-    plot_routing(figure.subplots(), model, variables).set_title("digits, seed 0", loc="left")
-    save(figure, "routing.png")
-
 I readers, J sources of a connection, T tasks, S seeds, n logged steps.
 """
 
@@ -15,8 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.lines import Line2D
+from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-from hyperjax.plotting import COLORS, GREY, INK, MARKERS, PALE
+from hyperjax.plotting.base import COLORS, GREY, INK, MARKERS, PALE, color, plain
 from hyperjax.routing.pathways import trace
 from hyperjax.routing.snr import SNR, normalise, served_gates
 from hyperjax.routing.towers import tower_widths
@@ -24,7 +21,7 @@ from hyperjax.routing.towers import tower_widths
 HEIGHT, INPUT = 0.34, 0.3  # height of a box, and where the input is: levels are 1 apart, the first at 1
 
 
-def plot_routing(axes: Any, model: SNR, variables: Mapping[str, Any]) -> Any:
+def plot_routing(axes: Axes, model: SNR, variables: Mapping[str, Any]) -> Axes:
     """Draws a trained network from its input, below, to the towers: what is left of it, and which tasks use what.
 
     A connection is the thicker and darker the larger its gate, and absent where that is 0; it has a task's colour
@@ -65,7 +62,7 @@ def plot_routing(axes: Any, model: SNR, variables: Mapping[str, Any]) -> Any:
     for t, name in enumerate(names):
         lost = name in paths.lost
         label = f"{name}, lost" if lost else name
-        _box(axes, places[-1][t], len(levels) + 1, widths[-1], label, dead=lost, face=_color(t))
+        _box(axes, places[-1][t], len(levels) + 1, widths[-1], label, dead=lost, face=color(t))
 
     rows = ["", *(f"level {level}" for level in range(len(levels))), "tasks"]
     axes.set_yticks([INPUT, *range(1, len(rows))], rows, fontsize=9, color=INK)
@@ -76,8 +73,8 @@ def plot_routing(axes: Any, model: SNR, variables: Mapping[str, Any]) -> Any:
 
 
 def plot_gates(
-    axes: Any, steps: Sequence[int], history: Mapping[str, Any], *, threshold: float = 0.0, label: str = "gate"
-) -> Any:
+    axes: Axes, steps: Sequence[int], history: Mapping[str, Any], *, threshold: float = 0.0, label: str = "gate"
+) -> Axes:
     """Draws every gate over the steps of training, thin, and the share of the open ones, bold.
 
     Args:
@@ -93,8 +90,6 @@ def plot_gates(
     Raises:
         ValueError: there is no level, or one has another number of steps.
     """
-    from matplotlib.ticker import EngFormatter
-
     flat = {level: np.asarray(values).reshape(len(values), -1) for level, values in history.items()}
     wrong = [level for level, values in flat.items() if len(values) != len(steps)]
     if not flat or wrong:
@@ -103,8 +98,8 @@ def plot_gates(
     for number, (level, values) in enumerate(flat.items()):
         name = f"{level.replace('_', ' ')}, {values.shape[1]} gates"
         alpha = float(np.clip(12 / values.shape[1], 0.3, 0.7))
-        axes.plot(steps, values, color=_color(number), lw=0.7, alpha=alpha)
-        axes.plot([], [], color=_color(number), lw=1.6, label=name)
+        axes.plot(steps, values, color=color(number), lw=0.7, alpha=alpha)
+        axes.plot([], [], color=color(number), lw=1.6, label=name)
     share = (np.concatenate(list(flat.values()), 1) > threshold).mean(1)
     axes.plot(steps, share, color="white", lw=5, zorder=3)
     axes.plot(steps, share, color="black", lw=2.4, zorder=4, label=f"share open, {100 * share[-1]:.0f} % in the end")
@@ -112,16 +107,16 @@ def plot_gates(
     axes.margins(x=0.01)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
-    return _plain(axes)
+    return plain(axes)
 
 
 def plot_quality(
-    axes: Any,
+    axes: Axes,
     points: Mapping[str, Sequence[tuple[Any, Any]]],
     *,
     label: str,
     size_label: str = "parameters served",
-) -> Any:
+) -> Axes:
     """Draws quality against size: a line for each kind of network, means and standard deviations over seeds.
 
     Args:
@@ -137,8 +132,6 @@ def plot_quality(
     Raises:
         ValueError: there are no points, a network has none, a size is not above 0, or there are not as many sizes.
     """
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
-
     if not points or not all(points.values()):
         empty = next((name for name, budgets in points.items() if not budgets), None)
         raise ValueError(f"{'there are' if empty is None else f'{empty!r} has'} no points, expected one or more")
@@ -153,7 +146,7 @@ def plot_quality(
             xerr=x_error if x_error.any() else None,
             yerr=y_error if y_error.any() else None,
             label=name,
-            color=_color(number),
+            color=color(number),
             marker=MARKERS[number % len(MARKERS)],
             markersize=6.5,
             markeredgecolor="white",
@@ -167,7 +160,7 @@ def plot_quality(
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend(frameon=False, fontsize=9)
-    return _plain(axes)
+    return plain(axes)
 
 
 def _moments(name: str, sizes: Any, scores: Any) -> tuple[float, ...] | None:
@@ -182,17 +175,6 @@ def _moments(name: str, sizes: Any, scores: Any) -> tuple[float, ...] | None:
     if not len(y):
         return None
     return float(x.mean()), float(x.std(ddof=len(x) > 1)), float(y.mean()), float(y.std(ddof=len(y) > 1))
-
-
-def _color(number: int) -> str:
-    return COLORS[number % len(COLORS)]
-
-
-def _plain(axes: Any) -> Any:
-    axes.grid(axis="y", color="0.92")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    return axes
 
 
 def _places(number: int, span: int) -> list[float]:
@@ -213,7 +195,7 @@ def _users(model: SNR, reads: Any, sizes: Sequence[int]) -> list[list[set[int]]]
     return used
 
 
-def _connections(axes: Any, level: int, z: np.ndarray, reads: Any, places: Any, to_towers: bool) -> None:
+def _connections(axes: Axes, level: int, z: np.ndarray, reads: Any, places: Any, to_towers: bool) -> None:
     """Lines from sub-networks j to their readers i; those of several tasks run side by side."""
     streams = len(reads)
     for s, readers in enumerate(reads):
@@ -225,8 +207,8 @@ def _connections(axes: Any, level: int, z: np.ndarray, reads: Any, places: Any, 
             value = float(z_ij[i, j])
             style: dict[str, Any] = {"color": GREY, "ls": (0, (3, 3)), "lw": 0.6, "alpha": 0.6, "zorder": 1}
             if j in readers.get(int(i), ()):
-                color = _color(int(i)) if to_towers else _color(s) if streams > 1 else INK
-                style = {"color": color, **_weight(value), "zorder": 2}
+                hue = color(int(i)) if to_towers else color(s) if streams > 1 else INK
+                style = {"color": hue, **_weight(value), "zorder": 2}
             x = [places[level][j] + shift, places[level + 1][i] + shift]
             axes.plot(x, [level + 1 + HEIGHT / 2, level + 2 - HEIGHT / 2], solid_capstyle="butt", **style)
 
@@ -235,10 +217,7 @@ def _weight(value: float) -> dict[str, Any]:
     return {"lw": 0.7 + 1.9 * value, "alpha": 0.35 + 0.5 * value}
 
 
-def _box(axes: Any, x: float, y: float, width: float, label: str, *, dead: bool = False, face: str = PALE) -> None:
-    from matplotlib.colors import to_rgb
-    from matplotlib.patches import FancyBboxPatch
-
+def _box(axes: Axes, x: float, y: float, width: float, label: str, *, dead: bool = False, face: str = PALE) -> None:
     text = INK if np.dot(to_rgb(face), (0.299, 0.587, 0.114)) > 0.55 else "white"
     style: dict[str, Any] = {"facecolor": face, "edgecolor": face if face in COLORS else INK, "linewidth": 0.9}
     if dead:
@@ -250,20 +229,16 @@ def _box(axes: Any, x: float, y: float, width: float, label: str, *, dead: bool 
     axes.text(x, y, label, ha="center", va="center", fontsize=size, color=text, zorder=5)
 
 
-def _stripe(axes: Any, x: float, y: float, width: float, tasks: Sequence[int]) -> None:
+def _stripe(axes: Axes, x: float, y: float, width: float, tasks: Sequence[int]) -> None:
     """The colours of the tasks, along the lower edge of a box."""
-    from matplotlib.patches import Rectangle
-
     inner = 0.86 * width
     for n, t in enumerate(tasks):
         left = x - inner / 2 + n * inner / len(tasks)
-        bar = Rectangle((left, y - 0.42 * HEIGHT), inner / len(tasks), 0.16 * HEIGHT, color=_color(t), lw=0, zorder=4)
+        bar = Rectangle((left, y - 0.42 * HEIGHT), inner / len(tasks), 0.16 * HEIGHT, color=color(t), lw=0, zorder=4)
         axes.add_patch(bar)
 
 
-def _routing_legend(axes: Any) -> None:
-    from matplotlib.lines import Line2D
-
+def _routing_legend(axes: Axes) -> None:
     lines = [Line2D([], [], color=INK, **_weight(value), label=f"gate {value:g}") for value in (0.2, 0.6, 1.0)]
     lines.append(Line2D([], [], color=GREY, ls=(0, (3, 3)), lw=0.9, label="on no path"))
     axes.legend(handles=lines, frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0.01), ncols=4)
