@@ -3,6 +3,18 @@
 Costs are parameters and floating-point operations. Counting them computes and compiles nothing: shapes are enough, so
 inputs may be arrays or `jax.ShapeDtypeStruct`s. A ramp of the Lagrangian's target is
 `optax.linear_schedule(start, end, steps)`; Optax's optimisers train its multipliers.
+
+Example:
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> import hyperjax as hj
+    >>> x = jax.ShapeDtypeStruct((1, 20), jnp.float32)
+    >>> make = lambda width: nn.Sequential([nn.Dense(width), nn.relu, nn.Dense(10)])
+    >>> hj.budget.count_parameters(make(100), x)
+    3110
+    >>> hj.budget.flops(lambda x, w: x @ w, x, jnp.zeros((20, 100)))  # 2 * 20 * 100
+    4000
+    >>> hj.budget.fit_width(make, 50_000, x).layers[0].features
+    1613
 """
 
 import functools

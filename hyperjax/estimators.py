@@ -12,6 +12,17 @@ without `jit` and under `vmap`. Maths is done in float32 at least; results have 
 | `threshold_mask`, `top_k_mask` | exactly 0 or 1, no randomness | straight-through: of a sigmoid or softmax, biased |
 | `reinforce` | mean loss of sampled gates | score function: unbiased for Bernoulli gates, noisy |
 | `hard_concrete_l0`, `_one` | probabilities in closed form | exact |
+
+Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from hyperjax import estimators
+    >>> scores = jnp.array([0.3, -1.0, 2.0])
+    >>> estimators.top_k_mask(scores, k=2).tolist()
+    [1.0, 0.0, 1.0]
+    >>> jax.grad(lambda s: estimators.threshold_mask(s)[0])(jnp.zeros(3)).tolist()  # that of a sigmoid
+    [0.25, 0.0, 0.0]
+    >>> estimators.gumbel_softmax(jax.random.key(0), jnp.array([-jnp.inf, 0.0]), hard=True).tolist()
+    [0.0, 1.0]
 """
 
 import math

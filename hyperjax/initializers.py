@@ -4,6 +4,15 @@ A *spread* is a function (spec, native) -> standard deviation that a generated p
 that starts as its native value exactly. `native` is the parameter as the target itself would have drawn it.
 
 Reference: Chang, Flokas, Lipson, "Principled Weight Initialization for Hypernetworks", ICLR 2020.
+
+Example:
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> import hyperjax as hj
+    >>> x, generator = jnp.ones((1, 50)), hj.Linear(spread=hj.initializers.hyperfan_in(relu=True))
+    >>> hyper = hj.HyperNetwork.from_target(nn.Dense(400), x, embedding_dim=16, generator=generator)
+    >>> kernel = hyper.generate(jax.jit(hyper.init)(jax.random.key(0), x))["kernel"]
+    >>> round(float(kernel.std()), 2)  # sqrt(2 / fan_in)
+    0.2
 """
 
 import math

@@ -34,6 +34,16 @@ class Chunked(Generator):
 
     Reference: von Oswald et al., "Continual learning with hypernetworks", ICLR 2020, section 3 (there the embedding is
     an input of the generator, not a factor).
+
+    Example:
+        >>> import flax.linen as nn, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> model, x = nn.Dense(1000), jnp.ones((1, 1000))
+        >>> hj.budget.count_parameters(model, x)
+        1001000
+        >>> hyper = hj.HyperNetwork.from_target(model, x, embedding_dim=64, generator=hj.Chunked())
+        >>> hj.budget.count_parameters(hyper, x)  # with hj.Linear() it would be 65,065,064
+        133355
     """
 
     chunk: int | None = None

@@ -28,6 +28,15 @@ class ConvTiles(Generator):
         hidden: d.
 
     Reference: Ha, Dai, Le, arXiv 1609.09106, section 3.1, equations 2 to 4.
+
+    Example:
+        >>> import flax.linen as nn, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> conv, images = nn.Conv(32, (3, 3), use_bias=False), jnp.ones((1, 8, 8, 16))
+        >>> tiles = hj.ConvTiles(tile=16, embedding=64, hidden=64)
+        >>> hyper = hj.HyperNetwork.from_target(conv, images, embedding_dim=64, num_embeddings=0, generator=tiles)
+        >>> hj.budget.count_parameters(hyper, images)  # the paper's shared generator, 75,920, and 2 tiles of 64
+        76048
     """
 
     tile: int = 16

@@ -30,6 +30,19 @@ class Generator(nn.Module, kw_only=True):
     Attributes:
         leaves: what to generate.
         tasks: the task ids that it serves, in order; () where there are no tasks.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> class Gain(hj.Generator):
+        ...     @nn.compact
+        ...     def __call__(self, z, task_id=None, native=None):  # of one embedding: theta = (1 + z_0) theta_0
+        ...         return {spec.path: (1 + z[0]) * self.from_native(spec.name, spec, native) for spec in self.leaves}
+        >>> hyper = hj.HyperNetwork.from_target(nn.Dense(3), jnp.ones((1, 2)), embedding_dim=1, generator=Gain())
+        >>> variables = jax.jit(hyper.init)(jax.random.key(0), jnp.ones((1, 2)))
+        >>> one, two = (hyper.generate(variables, z=jnp.array([z]))["kernel"] for z in (0.0, 1.0))
+        >>> (two / one).tolist()
+        [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
     """
 
     leaves: tuple[ParamSpec, ...] = ()
@@ -66,6 +79,16 @@ class Linear(Generator):
         use_bias: whether kernels have a learned value that all embeddings share, as vectors always do.
         residual: whether kernels start at their native values, plus a tenth of the spread that z makes of them: to
             start from trained parameters (Ortiz et al., ICLR 2024, equation 6). It needs `use_bias`.
+
+    Example:
+        >>> import flax.linen as nn, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> model, x = nn.Dense(10), jnp.ones((1, 28))
+        >>> hyper = hj.HyperNetwork.from_target(model, x, embedding_dim=8, generator=hj.Linear())
+        >>> hj.budget.count_parameters(model, x)  # n = 28 * 10 + 10
+        290
+        >>> hj.budget.count_parameters(hyper, x)  # n E + n, and an embedding of E = 8
+        2618
     """
 
     spread: Spread = native_spread
@@ -87,6 +110,14 @@ class MLP(Generator):
         hidden: widths of the hidden layers.
         activation: of the hidden layers.
         spread, use_bias, residual: as in `Linear`.
+
+    Example:
+        >>> import flax.linen as nn, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> model, x = nn.Dense(10), jnp.ones((1, 28))  # n = 28 * 10 + 10 parameters
+        >>> hyper = hj.HyperNetwork.from_target(model, x, embedding_dim=8, generator=hj.MLP(hidden=(16,)))
+        >>> hj.budget.count_parameters(hyper, x)  # n F + n, a layer of (8 + 1) 16, an embedding of 8
+        5082
     """
 
     hidden: tuple[int, ...] = (64,)
@@ -117,6 +148,16 @@ class SeparableMLP(Generator):
         activation, spread, use_bias, residual: as in `MLP`.
 
     Reference: the channel shuffle is that of Zhang et al., "ShuffleNet", CVPR 2018.
+
+    Example:
+        >>> import flax.linen as nn, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> x = jnp.ones((1, 28))
+        >>> for generator in (hj.MLP(hidden=(64, 64)), hj.SeparableMLP(hidden=(64, 64), groups=4)):
+        ...     hyper = hj.HyperNetwork.from_target(nn.Dense(10), x, embedding_dim=8, generator=generator)
+        ...     print(type(generator).__name__, hj.budget.count_parameters(hyper, x))
+        MLP 23594
+        SeparableMLP 6634
     """
 
     hidden: tuple[int, ...] = (64, 64)

@@ -89,6 +89,15 @@ class Scale(Modulated):
         spread: standard deviation of D z at the start.
 
     Reference: Ha, Dai, Le, arXiv 1609.09106, section 3.2, equations 8 to 10.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> x, trained = jnp.ones((1, 2)), {"kernel": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "bias": jnp.zeros(2)}
+        >>> hyper = hj.HyperNetwork.from_target(nn.Dense(2), x, embedding_dim=8, generator=hj.Scale(), params=trained)
+        >>> variables = jax.jit(hyper.init)(jax.random.key(0), x)
+        >>> hyper.generate(variables, z=jnp.zeros(8))["kernel"].tolist()  # d(0) = 1: the network that it started from
+        [[1.0, 2.0], [3.0, 4.0]]
     """
 
     full: bool = False
@@ -118,6 +127,16 @@ class LowRank(Modulated):
         alpha: factor of the product; None is r.
 
     Reference: Hu et al., "LoRA", ICLR 2022, section 4.1, there without z.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> x, trained = jnp.ones((1, 2)), {"kernel": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "bias": jnp.zeros(2)}
+        >>> lora = hj.LowRank(rank=1, freeze_base=True)
+        >>> hyper = hj.HyperNetwork.from_target(nn.Dense(2), x, embedding_dim=8, generator=lora, params=trained)
+        >>> variables = jax.jit(hyper.init)(jax.random.key(0), x)
+        >>> hyper.generate(variables, task_id=0)["kernel"].tolist()  # B(z) starts at 0
+        [[1.0, 2.0], [3.0, 4.0]]
     """
 
     rank: int = 4

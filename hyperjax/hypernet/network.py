@@ -34,6 +34,19 @@ class HyperNetwork(nn.Module):
     the target, and so are `mutable=` of `apply` and its `rngs=`, folded as for any submodule. Where each sample has
     weights of its own, "one set of weights" means one network: nothing then passes from sample to sample, except in a
     BatchNorm of the factored route (`per_sample.py`).
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> model, x = nn.Dense(10), jnp.ones((2, 28))
+        >>> hyper = hj.HyperNetwork.from_target(model, x, embedding_dim=8, num_embeddings=3)
+        >>> variables = jax.jit(hyper.init)(jax.random.key(0), x, task_id=0)
+        >>> hyper.apply(variables, x, task_id=2).shape
+        (2, 10)
+        >>> jax.tree.map(jnp.shape, hyper.generate(variables, task_id=2))
+        {'bias': (10,), 'kernel': (28, 10)}
+        >>> hyper.generate(variables, task_id=jnp.array([0, 2]))["kernel"].shape  # one kernel for each of two samples
+        (2, 28, 10)
     """
 
     targets: tuple[Target, ...]

@@ -12,7 +12,17 @@ Array = jax.Array
 
 
 class Learned(Generator):
-    """Parameters learned directly, shared by all tasks; they start as the target's own."""
+    """Parameters learned directly, shared by all tasks; they start as the target's own.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> x, rules = jnp.ones((1, 28)), [("bias", hj.Learned())]
+        >>> hyper = hj.HyperNetwork.from_target(nn.Dense(10), x, embedding_dim=8, num_embeddings=3, rules=rules)
+        >>> variables = jax.jit(hyper.init)(jax.random.key(0), x, task_id=0)
+        >>> variables["params"]["generators_0"]["theta.bias"].shape  # the bias itself, for all three tasks
+        (10,)
+    """
 
     needs_z = False
 
@@ -22,7 +32,17 @@ class Learned(Generator):
 
 
 class Frozen(Generator):
-    """Parameters that stay as they start, in the collection "frozen" and in their own dtype."""
+    """Parameters that stay as they start, in the collection "frozen" and in their own dtype.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> x, rules = jnp.ones((1, 28)), [("bias", hj.Frozen())]
+        >>> hyper = hj.HyperNetwork.from_target(nn.Dense(10), x, embedding_dim=8, rules=rules)
+        >>> variables = jax.jit(hyper.init)(jax.random.key(0), x)
+        >>> jax.tree.map(jnp.shape, variables["frozen"])  # train variables["params"] alone
+        {'generators_0': {'theta.bias': (10,)}}
+    """
 
     needs_z = False
 
@@ -38,6 +58,15 @@ class PerTask(Generator):
     """Parameters learned directly, a copy for each task [tasks, *shape]; all copies start as the target's own.
 
     A task id that is out of range, inside `jit`, gives NaN.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> x, rules = jnp.ones((1, 28)), [("bias", hj.PerTask())]
+        >>> hyper = hj.HyperNetwork.from_target(nn.Dense(10), x, embedding_dim=8, num_embeddings=3, rules=rules)
+        >>> variables = jax.jit(hyper.init)(jax.random.key(0), x, task_id=0)
+        >>> variables["params"]["generators_0"]["theta.bias"].shape  # a bias for each of three tasks
+        (3, 10)
     """
 
     needs_z = False

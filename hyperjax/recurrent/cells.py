@@ -154,6 +154,17 @@ class LSTM(Cell):
       epsilon: of the layer norms.
 
     Reference: Ha, Dai, Le, "HyperNetworks", arXiv 1609.09106, appendix A.2 (the baselines of Table 3).
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import hyperjax as hj
+      >>> rnn, x = hj.FastRNN(hj.LSTM(units=16)), jnp.zeros((2, 7, 8))  # [B, T, D]
+      >>> variables = jax.jit(rnn.init)(jax.random.key(0), x)
+      >>> (c, h), outputs = rnn.apply(variables, x)
+      >>> c.shape, h.shape, outputs.shape
+      ((2, 16), (2, 16), (2, 7, 16))
+      >>> hj.budget.count_parameters(rnn, x)  # 4 (D H + H H + H)
+      1600
     """
 
     layer_norm: bool = False

@@ -53,6 +53,17 @@ class LanguageModel(nn.Module):
       gate_input: of HyperLSTMs.
       dtype: of the matrix products, for example "bfloat16"; None is float32.
       remat_chunk: see `FastRNN`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import hyperjax as hj
+      >>> model, tokens = hj.LanguageModel("lstm", vocabulary=50, units=16), jnp.zeros((2, 7), int)
+      >>> params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+      >>> jax.jit(model.apply)({"params": params}, tokens)["logits"].shape
+      (2, 7, 50)
+      >>> paper = hj.LanguageModel(vocabulary=50, **hj.recurrent.PAPER_MODELS["ln_hyper_lstm"])
+      >>> hj.budget.count_parameters(paper, tokens)  # as in Table 3
+      4923154
     """
 
     cell: str

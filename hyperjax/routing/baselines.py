@@ -135,6 +135,18 @@ class MMoE(_Network):
     Reference:
         Ma et al., "Modeling Task Relationships in Multi-task Learning with Multi-gate Mixture-of-Experts", KDD 2018,
         eq. 6-7: f^k(x) = sum_i g^k(x)_i f_i(x), g^k(x) = softmax(W_k x).
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> tasks = {"income": hj.routing.Binary(), "job": hj.routing.MultiClass(5)}
+        >>> model, x = hj.MMoE(experts=3, widths=(8,), tasks=tasks), jnp.ones((4, 10))
+        >>> variables = jax.jit(model.init)(jax.random.key(0), x)
+        >>> outputs, info = jax.jit(model.apply)(variables, x)
+        >>> {name: logits.shape for name, logits in outputs.items()}
+        {'income': (4,), 'job': (4, 5)}
+        >>> info["gates"]["towers"]["income"].sum(-1).round(3).tolist()  # over the three experts, for each sample
+        [1.0, 1.0, 1.0, 1.0]
     """
 
     experts: int
