@@ -157,7 +157,11 @@ def count_flops(jaxpr: core.Jaxpr) -> int:
 
 
 def count_flops_of(equation: core.JaxprEqn) -> int:
-    """As `flops`, of one of its equations."""
+    """As `flops`, of one of its equations.
+
+    Raises:
+        ValueError: as `flops`.
+    """
     name, params = equation.primitive.name, equation.params
     if name in ("dot_general", "conv_general_dilated"):
         shapes: list[Any] = [var.aval for var in (*equation.invars, *equation.outvars)]

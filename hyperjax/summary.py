@@ -105,6 +105,9 @@ def summarize(
         compiled: compile it, to know the memory of intermediate results.
         **keywords: further arguments of the call, as they are.
 
+    Returns:
+        A `Summary`, whose text is a table.
+
     Raises:
         ValueError: products stand in a `while_loop`, whose steps are not known; see `hyperjax.budget.flops`.
 

@@ -57,7 +57,16 @@ class TextClasses:
 
 
 class TextBatches:
-    """Shuffled minibatches of B passages: what a step sees depends on the seed and its number alone (`EpochOrder`)."""
+    """Shuffled minibatches of B passages: what a step sees depends on the seed and its number alone (`EpochOrder`).
+
+    Args:
+        split: passages, with as many rows in each array.
+        batch: B.
+        seed: of the order.
+
+    Raises:
+        ValueError: the arrays have different lengths, or fewer than 1 or more than all passages make a batch.
+    """
 
     def __init__(self, split: TextSplit, batch: int, seed: int = 0):
         if len({len(array) for array in split}) > 1:

@@ -27,6 +27,9 @@ class ConvTiles(Generator):
         embedding: E.
         hidden: d.
 
+    Raises:
+        ValueError: a parameter that is no kernel [h, w, in, out]; from `HyperNetwork.from_target`.
+
     Reference: Ha, Dai, Le, arXiv 1609.09106, section 3.1, equations 2 to 4.
 
     Example:
@@ -46,6 +49,7 @@ class ConvTiles(Generator):
     needs_z = False
 
     def refuse(self) -> str | None:
+        """Returns why it cannot make `leaves`, or None: one is no kernel [h, w, in, out]."""
         bad = next((spec for spec in self.leaves if len(spec.shape) != 4), None)
         if bad:
             return f"{bad.path} has shape {bad.shape}, expected [height, width, in, out]; narrow the rule's pattern"
@@ -53,6 +57,7 @@ class ConvTiles(Generator):
 
     @nn.compact
     def __call__(self, z, task_id=None, native=None):
+        """Returns {path: kernel [..., h, w, in, out]} of z [..., E], or of None."""
         made = {}
         for field in dict.fromkeys(spec.shape[:2] for spec in self.leaves):
             made.update(self._draw(field, [spec for spec in self.leaves if spec.shape[:2] == field], z, native))

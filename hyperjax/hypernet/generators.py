@@ -51,6 +51,19 @@ class Generator(nn.Module, kw_only=True):
     needs_z: ClassVar[bool] = True  # whether it cannot do without an embedding
 
     def __call__(self, z: Array | None, task_id: Array | int | None = None, native: Native = None) -> Leaves:
+        """Makes the parameters; a subclass defines it.
+
+        Args:
+            z: [..., E], or None in a static hypernetwork.
+            task_id: index of the task among `tasks`, or None.
+            native: {path: [*shape]} while parameters are being made, later None.
+
+        Returns:
+            {path: [..., *shape]}.
+
+        Raises:
+            TypeError: the subclass defines none.
+        """
         raise TypeError(f"{type(self).__name__} defines no __call__(z, task_id, native)")
 
     def refuse(self) -> str | None:
@@ -80,6 +93,9 @@ class Linear(Generator):
         residual: whether kernels start at their native values, plus a tenth of the spread that z makes of them: to
             start from trained parameters (Ortiz et al., ICLR 2024, equation 6). It needs `use_bias`.
 
+    Raises:
+        ValueError: `residual` without `use_bias`; from `HyperNetwork.from_target`.
+
     Example:
         >>> import flax.linen as nn, jax.numpy as jnp
         >>> import hyperjax as hj
@@ -96,10 +112,12 @@ class Linear(Generator):
     residual: bool = False
 
     def refuse(self) -> str | None:
+        """Returns why it cannot make `leaves`, or None: `residual` without `use_bias`."""
         return _refuse_residual(self)
 
     @nn.compact
     def __call__(self, z, task_id=None, native=None):
+        """Returns {path: H z + b, [..., *shape]} of z [..., E]."""
         return {spec.path: head(self, spec, z, native) for spec in self.leaves}
 
 
@@ -110,6 +128,9 @@ class MLP(Generator):
         hidden: widths of the hidden layers.
         activation: of the hidden layers.
         spread, use_bias, residual: as in `Linear`.
+
+    Raises:
+        ValueError: `residual` without `use_bias`; from `HyperNetwork.from_target`.
 
     Example:
         >>> import flax.linen as nn, jax.numpy as jnp
@@ -127,10 +148,12 @@ class MLP(Generator):
     residual: bool = False
 
     def refuse(self) -> str | None:
+        """Returns why it cannot make `leaves`, or None: `residual` without `use_bias`."""
         return _refuse_residual(self)
 
     @nn.compact
     def __call__(self, z, task_id=None, native=None):
+        """Returns {path: H f(z) + b, [..., *shape]} of z [..., E]."""
         for width in self.hidden:
             z = self.activation(nn.Dense(width)(z))
         z = rms_norm(z)
@@ -146,6 +169,9 @@ class SeparableMLP(Generator):
         hidden: widths of the hidden layers, multiples of `groups`.
         groups: G.
         activation, spread, use_bias, residual: as in `MLP`.
+
+    Raises:
+        ValueError: `residual` without `use_bias`, or a width that `groups` does not divide; from `from_target`.
 
     Reference: the channel shuffle is that of Zhang et al., "ShuffleNet", CVPR 2018.
 
@@ -168,12 +194,14 @@ class SeparableMLP(Generator):
     residual: bool = False
 
     def refuse(self) -> str | None:
+        """Returns why it cannot make `leaves`, or None: as its class says."""
         bad = [width for width in self.hidden if width % self.groups]
         problem = f"hidden has width {bad[0]}, expected a multiple of groups = {self.groups}" if bad else None
         return problem or _refuse_residual(self)
 
     @nn.compact
     def __call__(self, z, task_id=None, native=None):
+        """Returns {path: H f(z) + b, [..., *shape]} of z [..., E]."""
         G = self.groups
         widths = (*self.hidden, *(() if self.hidden else (z.shape[-1],)))
         f = nn.Dense(widths[0], name="lift")(z)

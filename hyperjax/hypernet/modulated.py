@@ -105,6 +105,7 @@ class Scale(Modulated):
 
     @nn.compact
     def factors(self, z, task_id=None, native=None):
+        """Returns {path: `Scaled`, or the value of a vector [..., *shape]} of z [..., E]."""
         made: Factors = {}
         for spec in self.leaves:
             if len(spec.shape) < 2:
@@ -126,6 +127,9 @@ class LowRank(Modulated):
         rank: r.
         alpha: factor of the product; None is r.
 
+    Raises:
+        ValueError: a rank below 1; from `HyperNetwork.from_target`.
+
     Reference: Hu et al., "LoRA", ICLR 2022, section 4.1, there without z.
 
     Example:
@@ -143,10 +147,12 @@ class LowRank(Modulated):
     alpha: float | None = None
 
     def refuse(self) -> str | None:
+        """Returns why it cannot make `leaves`, or None: a rank below 1."""
         return f"rank is {self.rank}, expected a whole number of at least 1" if self.rank < 1 else None
 
     @nn.compact
     def factors(self, z, task_id=None, native=None):
+        """Returns {path: `LowRankSum`, or the value of a vector [..., *shape]} of z [..., E]."""
         made: Factors = {}
         factor = 1.0 if self.alpha is None else self.alpha / self.rank
         for spec in self.leaves:

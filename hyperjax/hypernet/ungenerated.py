@@ -28,6 +28,7 @@ class Learned(Generator):
 
     @nn.compact
     def __call__(self, z, task_id=None, native=None):
+        """Returns {path: [*shape]}, whatever z is."""
         return {spec.path: self.from_native(spec.name, spec, native) for spec in self.leaves}
 
 
@@ -48,6 +49,8 @@ class Frozen(Generator):
 
     @nn.compact
     def __call__(self, z, task_id=None, native=None):
+        """Returns {path: [*shape]}, whatever z is."""
+
         def start(spec):
             return jnp.zeros(spec.shape, spec.dtype) if native is None else jnp.asarray(native[spec.path], spec.dtype)
 
@@ -58,6 +61,9 @@ class PerTask(Generator):
     """Parameters learned directly, a copy for each task [tasks, *shape]; all copies start as the target's own.
 
     A task id that is out of range, inside `jit`, gives NaN.
+
+    Raises:
+        ValueError: there are no tasks (`num_embeddings=0`); from `HyperNetwork.from_target`.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -72,10 +78,12 @@ class PerTask(Generator):
     needs_z = False
 
     def refuse(self) -> str | None:
+        """Returns why it cannot make `leaves`, or None: there are no tasks."""
         return None if self.tasks else "PerTask has no tasks; give num_embeddings, the number of tasks"
 
     @nn.compact
     def __call__(self, z, task_id=None, native=None):
+        """Returns {path: [..., *shape]}, the copies of the tasks [...]."""
         made = {}
         for spec in self.leaves:
 

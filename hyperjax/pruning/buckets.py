@@ -39,6 +39,9 @@ class Buckets(nn.Module):
         seed: of buckets that are drawn at random, to compare with, so that costs are `budget` on average.
         budget: share of all operations of random buckets; None else.
 
+    Raises:
+        ValueError: a setting is out of range, shares do not rise, or seed comes without budget; when it is called.
+
     Reference:
         Yu et al., "Slimmable neural networks" (2019), for nested widths.
     """

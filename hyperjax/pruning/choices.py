@@ -94,6 +94,9 @@ class Threshold:
 
     Attributes:
         start: sigmoid of the logits at first.
+
+    Raises:
+        ValueError: start is outside (0, 1).
     """
 
     start: float = 0.9
@@ -122,6 +125,9 @@ class TopK:
     Attributes:
         keep: share of the units in (0, 1], or their number.
         noise: scale of the logistic noise on the logits in training, times the temperature.
+
+    Raises:
+        ValueError: keep is neither a share in (0, 1] nor a number of 1 or more.
     """
 
     keep: float | int = 0.5

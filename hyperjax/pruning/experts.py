@@ -43,6 +43,10 @@ class Experts(nn.Module):
         capacity: places of each block in training, as a multiple of a balanced load; 1.25 is usual.
         seed: of routing that is drawn at random, to compare with; None learns.
 
+    Raises:
+        ValueError: a setting is out of range, blocks do not divide the feed-forward networks, or routing by expert in a
+            decoder; when it is called.
+
     Reference:
         Fedus et al., "Switch transformers" (2021), for capacity and balance; Zoph et al., "ST-MoE" (2022), eq. 5, for
         the z-loss; Zhou et al., "Mixture-of-experts with expert choice routing" (2022).

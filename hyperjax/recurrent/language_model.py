@@ -54,6 +54,13 @@ class LanguageModel(nn.Module):
       dtype: of the matrix products, for example "bfloat16"; None is float32.
       remat_chunk: see `FastRNN`.
 
+    Raises:
+      ValueError: an unknown cell or skip, vocabulary or layers below 1, tied without `input_units`, gate_input of a
+        cell that is no HyperLSTM; at construction. Of units, keep and weight_keep, when it is called; see the cells and
+        `FastRNN`.
+
+    Reference: Ha, Dai, Le, "HyperNetworks", arXiv 1609.09106, section 4.3 and appendix A.3.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> import hyperjax as hj

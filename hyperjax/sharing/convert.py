@@ -97,7 +97,11 @@ def selected(layer_map: LayerMap, transfer: str) -> dict[int, int]:
 
 
 def stepwise(layers: int, sets: int) -> tuple[int, ...]:
-    """The layers to keep of L if U are wanted, the first and last among them: round(u (L - 1) / (U - 1))."""
+    """The layers to keep of L if U are wanted, the first and last among them: round(u (L - 1) / (U - 1)).
+
+    Raises:
+        ValueError: fewer than 1 set, or more than there are layers.
+    """
     if not 1 <= sets <= layers:
         raise ValueError(f"{sets} sets of {layers} layers, expected 1 to {layers}")
     return tuple(round(u * (layers - 1) / max(1, sets - 1)) for u in range(sets))

@@ -68,6 +68,12 @@ def one_wide_ffn(encoder: Config, decoder: Config, share: float = 1.0) -> tuple[
         encoder, decoder: as they were, with a network in each layer.
         share: its hidden units as a share of all those together; 1 keeps the number of parameters.
 
+    Returns:
+        Both configs, encoder first.
+
+    Raises:
+        ValueError: a share outside (0, 1].
+
     Reference: Pessoa Pires et al., "One Wide Feedforward is All You Need" (2023), section 3.
     """
     if not 0 < share <= 1:

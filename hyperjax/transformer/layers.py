@@ -68,6 +68,8 @@ class Attention(nn.Module):
         width: D of what goes in and comes out.
         causal: whether a query sees no key behind it; by order, not by position.
         dtype: of the products.
+
+    Reference: Vaswani et al., "Attention Is All You Need" (2017), section 3.2.
     """
 
     heads: int
@@ -152,6 +154,8 @@ class FeedForward(nn.Module):
         width: D of what goes in and comes out.
         activation: "gelu" or "swiglu".
         dtype: of the products.
+
+    Reference: Shazeer, "GLU Variants Improve Transformer" (2020), section 2, for SwiGLU.
     """
 
     hidden: int
@@ -210,6 +214,8 @@ def rotate(x_BLHK: Array, rotary: Rotary) -> Array:
 
     Reference:
         Su et al., "RoFormer: Enhanced transformer with rotary position embedding" (2021), section 3.2.
+
+    Reference: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), section 3.4.2.
     """
     half = x_BLHK.shape[-1] // 2
     cos, sin = (angles[:, :, None] for angles in rotary)

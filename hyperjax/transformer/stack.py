@@ -122,7 +122,11 @@ class Stack(nn.Module):
     def layer(
         self, number: int, x_BLD: Array, context: Context, gates: Gates, cache: LayerCache | None = None
     ) -> tuple[Array, dict[str, Array], LayerCache | None]:
-        """One layer: the state after it [B, L, D], its sub-layers' updates by name, and its cache."""
+        """One layer: the state after it [B, L, D], its sub-layers' updates by name, and its cache.
+
+        Raises:
+            ValueError: gates do not fit, or chosen positions stand beside a cache or a plan for blocks.
+        """
         c = self.config
         cross = c.cross_heads_by_layer[number] if self.cross else None
         batch, length = x_BLD.shape[:2]
