@@ -42,6 +42,9 @@ def count_parameters(model: nn.Module, x: Any) -> int:
     Args:
         model: called as `model.init(key, x)`.
         x: its input, of which only shape and dtype count.
+
+    Returns:
+        Their number.
     """
     variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), x)
     return paramtree.count(variables.get("params", {}))
@@ -57,6 +60,9 @@ def flops(fn: Callable[..., Any], *args: Any) -> int:
     Args:
         fn: such as `model.apply`, under `jit` or not.
         args: its arguments: pytrees of arrays.
+
+    Returns:
+        Their number.
 
     Raises:
         ValueError: products stand in a `while_loop`, whose steps are not known, or in a Pallas kernel or `shard_map`.
@@ -106,7 +112,12 @@ def fit_width(
 
 
 class Multipliers(NamedTuple):
-    """The two multipliers of `lagrangian`, arrays of one shape."""
+    """The two multipliers of `lagrangian`, arrays of one shape.
+
+    Attributes:
+        linear: l1.
+        quadratic: l2.
+    """
 
     linear: Any
     quadratic: Any
@@ -141,6 +152,12 @@ def lagrangian(size: Array, target: Any, multipliers: Multipliers) -> Array:
     Reference:
         Xia, Zhong, Chen, "Structured Pruning Learns Compact and Accurate Models" (CoFi), ACL 2022, section 3;
         after Wang, Wohlwend, Lei, "Structured Pruning of Large Language Models", EMNLP 2020.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from hyperjax.budget import Multipliers, lagrangian
+        >>> float(lagrangian(jnp.float32(0.75), 0.5, Multipliers(linear=2.0, quadratic=4.0)))  # 2 / 4 + 4 / 16
+        0.75
     """
     excess = size - target
     return multipliers.linear * excess + multipliers.quadratic * jnp.square(excess)

@@ -36,7 +36,12 @@ CHUNK = 1024
 
 
 class Split(NamedTuple):
-    """Images, [N, H, W, C] uint8 or float32, and their labels, [N] int32."""
+    """Images, [N, H, W, C] uint8 or float32, and their labels, [N] int32.
+
+    Attributes:
+        images: [N, H, W, C].
+        labels: [N].
+    """
 
     images: np.ndarray
     labels: np.ndarray

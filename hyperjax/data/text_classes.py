@@ -37,7 +37,15 @@ class TextSplit(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TextClasses:
-    """Passages with the class of each; `symbols` are the padding, the characters of train, and `UNKNOWN`."""
+    """Passages with the class of each; `symbols` are the padding, the characters of train, and `UNKNOWN`.
+
+    Attributes:
+        name: short name of the data.
+        symbols: numbered by their place.
+        classes: their names, numbered by their place.
+        train, valid, test: passages.
+        notes: what was done that a reader of results should know.
+    """
 
     name: str
     symbols: tuple[str, ...]

@@ -171,7 +171,8 @@ def compact(model: SNR, variables: Mapping[str, Any]) -> Compacted:
         The compact network.
 
     Raises:
-        ValueError: a task has lost its last path to the input, the gates depend on the sample, or there are none.
+        ValueError: a task has lost its last path to the input, the gates depend on the sample, there are none, or the
+            variables are of another network.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -228,6 +229,9 @@ def lost_tasks(model: SNR, variables: Mapping[str, Any]) -> list[str]:
 
     Returns:
         Their names.
+
+    Raises:
+        ValueError: the gates depend on the sample, there are none, or the variables are of another network.
     """
     return trace(model, variables).lost
 

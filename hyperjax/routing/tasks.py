@@ -270,6 +270,9 @@ def task_losses(tasks: Mapping[str, Task], outputs: Mapping[str, Any], labels: M
 def task_scores(tasks: Mapping[str, Task], outputs: Mapping[str, Any], labels: Mapping[str, Any]) -> dict[str, float]:
     """Scores of a split by "TASK_SCORE", as in "income_auc"; arguments as of `task_losses`, over the whole split.
 
+    Returns:
+        Numbers by "TASK_SCORE"; the scores of each kind of task are those of its `scores`.
+
     Raises:
         ValueError: as `task_losses`; or a task has no AUC or R2, because all its labels are equal.
     """

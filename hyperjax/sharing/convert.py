@@ -108,7 +108,19 @@ def stepwise(layers: int, sets: int) -> tuple[int, ...]:
 
 
 def align_groups(params: Any, maps: Maps, prefix: str = "stack/") -> Any:
-    """The same network, heads and hidden units of each group's layers in the order of its first."""
+    """The same network, heads and hidden units of each group's layers in the order of its first.
+
+    Args:
+        params: of the network.
+        maps: which layers share.
+        prefix: of the layers' paths.
+
+    Returns:
+        As `params`.
+
+    Raises:
+        ValueError: layers of a group differ in size, or have other weights than attention and feed-forward networks.
+    """
     flat = flatten_dict(params, sep="/")
     for kind, layer_map in maps._asdict().items():
         if layer_map is None or kind == "norm":
@@ -125,6 +137,14 @@ def soft_tie(params: Any, maps: Maps, prefix: str = "stack/") -> Array:
 
     Added to the loss with a weight that rises, as `optax.linear_schedule(0, w, steps)`, it leads an untied network to
     where tying it changes nothing.
+
+    Args:
+        params: of the untied network.
+        maps: which layers shall share.
+        prefix: of the layers' paths.
+
+    Returns:
+        A scalar, differentiable in `params`; 0 where the layers of each group are equal.
     """
     flat = flatten_dict(params, sep="/")
     apart, whole = jnp.zeros(()), jnp.zeros(())

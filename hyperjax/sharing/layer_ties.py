@@ -23,6 +23,9 @@ def layer_ties(maps: Maps, through: Map | None = None, prefix: str = "stack/") -
             layers of a group are its first.
         prefix: of the paths of the layers' parameters.
 
+    Returns:
+        The ties, for `tie`.
+
     Raises:
         ValueError: a map points to a layer that is not there.
     """
@@ -44,6 +47,9 @@ def decoder_on_encoder(encoder: Config, decoder: Config) -> list[Tie]:
     """Ties of an `EncoderDecoder`: decoder layer l has self-attention and feed-forward network of an encoder layer.
 
     It is layer l modulo their number; attention to the encoder and norms stay the decoder's.
+
+    Returns:
+        The ties, for `tie`.
 
     Raises:
         ValueError: their sizes differ.

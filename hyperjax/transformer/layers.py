@@ -24,6 +24,10 @@ class Rotary(NamedTuple):
 
     Made once for all layers, and where positions are known beforehand, before the program runs: sines are dear, and XLA
     would fuse them into every layer and compute them anew for each head.
+
+    Attributes:
+        cos: cosines.
+        sin: sines.
     """
 
     cos: Array | np.ndarray
@@ -211,6 +215,9 @@ def rotate(x_BLHK: Array, rotary: Rotary) -> Array:
     Args:
         x_BLHK: queries or keys [B, L, H, K], K even.
         rotary: the angles, of these positions and this K.
+
+    Returns:
+        [B, L, H, K].
 
     Reference:
         Su et al., "RoFormer: Enhanced transformer with rotary position embedding" (2021), section 3.2.

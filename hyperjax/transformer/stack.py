@@ -20,7 +20,13 @@ Decide = Callable[[int, Array], Gates | None]  # number of a layer and the state
 
 
 class LayerCache(NamedTuple):
-    """What a layer keeps of earlier positions: keys and values [B, S, H, K], and whether each took part, [B, S]."""
+    """What a layer keeps of earlier positions: keys and values [B, S, H, K], and whether each took part, [B, S].
+
+    Attributes:
+        keys: [B, S, H, K].
+        values: [B, S, H, K].
+        present: [B, S], whether each took part.
+    """
 
     keys: Array
     values: Array
