@@ -104,6 +104,10 @@ class Buckets(nn.Module):
             What the Transformer returns; `gates`, of all layers; `opened`, those of the likeliest bucket, with the
             gradient of the probabilities; `bucket` [B, J], one-hot; `share` [B] of the operations that the likeliest
             bucket leaves, with the same gradient; `losses`: empty.
+
+        Raises:
+            ValueError: tokens are no whole numbers [B, L], a mask is given to a decoder or is of another shape, or a
+                decoder's input is no longer than its prompt.
         """
         first, rest = (None, None) if key is None else tuple(jax.random.split(key))
         found: dict[str, Any] = {}

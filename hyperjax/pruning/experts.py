@@ -110,6 +110,10 @@ class Experts(nn.Module):
             that the chosen blocks leave, or with a capacity all its places; `losses`: {"balance": ..., "z": ...},
             means over layers, to be weighted by about 1e-2 and 1e-3 (balance only of routing by token); `dropped`:
             share of the choices without a place.
+
+        Raises:
+            ValueError: tokens are no whole numbers [B, L], a mask is given to a decoder or is of another shape, or a
+                capacity is not above 0.
         """
         if capacity == "config":
             capacity = None if key is None else self.capacity

@@ -138,6 +138,9 @@ class LanguageModel(nn.Module):
 
         Returns:
           {"logits": [B, T, V] float32, "carry": state after the last symbol, "hidden": tuple of [B, T, H] a layer}.
+
+        Raises:
+          ValueError: no token, or a carry of another shape; see `FastRNN`.
         """
         carry = self.initialize_carry(tokens.shape[0]) if carry is None else carry
         over_time = (1,) if self.variational else ()

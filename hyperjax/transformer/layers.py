@@ -173,7 +173,11 @@ class FeedForward(nn.Module):
         self.down = self.param("down", INIT(), (self.hidden, self.width))
 
     def __call__(self, x_BLD: Array, gates: Any = None) -> Array:
-        """Computes [B, L, D] from [B, L, D]; gates of blocks [N], [B, N] or [B, L, N], or a `Dispatch`."""
+        """Computes [B, L, D] from [B, L, D]; gates of blocks [N], [B, N] or [B, L, N], or a `Dispatch`.
+
+        Raises:
+            ValueError: the blocks do not divide the hidden units.
+        """
         if isinstance(gates, Dispatch):
             return self._dispatched(x_BLD, gates)
         u_BLF = self._activate(*(x_BLD @ kernel.astype(self.dtype) for kernel in self._kernels()))

@@ -85,6 +85,7 @@ class Encoder(_Transformer):
 
     Attributes:
         config: sizes.
+        cross: of decoders; False.
     """
 
     def __call__(
@@ -245,6 +246,9 @@ class EncoderDecoder(nn.Module):
 
         Returns:
             The decoder's results, and under `encoder` the encoder's.
+
+        Raises:
+            ValueError: as `Encoder` and `Decoder`.
         """
         first, rest = (None, None) if key is None else tuple(jax.random.split(key))
         encoded = self.encode(source, mask=mask, gates=encoder_gates, key=first)

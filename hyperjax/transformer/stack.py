@@ -112,7 +112,11 @@ class Stack(nn.Module):
     def __call__(
         self, x_BLD: Array, context: Context, gates: Gates | Decide | None = None, cache: tuple | None = None
     ) -> tuple[Array, list[dict[str, Array]], tuple]:
-        """Runs all layers: the state [B, L, D], what each layer did, and its cache."""
+        """Runs all layers: the state [B, L, D], what each layer did, and its cache.
+
+        Raises:
+            ValueError: gates of another number of layers, or that do not fit.
+        """
         done, kept = [], []
         if gates is not None and not callable(gates):
             check_stacked(gates, self.config.layers)
