@@ -3,6 +3,18 @@
 Costs are parameters and floating-point operations. Counting them computes and compiles nothing: shapes are enough, so
 inputs may be arrays or `jax.ShapeDtypeStruct`s. A ramp of the Lagrangian's target is
 `optax.linear_schedule(start, end, steps)`; Optax's optimisers train its multipliers.
+
+Example:
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> import hyperjax as hj
+    >>> x = jax.ShapeDtypeStruct((1, 20), jnp.float32)
+    >>> make = lambda width: nn.Sequential([nn.Dense(width), nn.relu, nn.Dense(10)])
+    >>> hj.budget.count_parameters(make(100), x)
+    3110
+    >>> hj.budget.flops(lambda x, w: x @ w, x, jnp.zeros((20, 100)))  # 2 * 20 * 100
+    4000
+    >>> hj.budget.fit_width(make, 50_000, x).layers[0].features
+    1613
 """
 
 import functools
@@ -30,6 +42,9 @@ def count_parameters(model: nn.Module, x: Any) -> int:
     Args:
         model: called as `model.init(key, x)`.
         x: its input, of which only shape and dtype count.
+
+    Returns:
+        Their number.
     """
     variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), x)
     return paramtree.count(variables.get("params", {}))
@@ -45,6 +60,9 @@ def flops(fn: Callable[..., Any], *args: Any) -> int:
     Args:
         fn: such as `model.apply`, under `jit` or not.
         args: its arguments: pytrees of arrays.
+
+    Returns:
+        Their number.
 
     Raises:
         ValueError: products stand in a `while_loop`, whose steps are not known, or in a Pallas kernel or `shard_map`.
@@ -94,7 +112,12 @@ def fit_width(
 
 
 class Multipliers(NamedTuple):
-    """The two multipliers of `lagrangian`, arrays of one shape."""
+    """The two multipliers of `lagrangian`, arrays of one shape.
+
+    Attributes:
+        linear: l1.
+        quadratic: l2.
+    """
 
     linear: Any
     quadratic: Any
@@ -129,6 +152,12 @@ def lagrangian(size: Array, target: Any, multipliers: Multipliers) -> Array:
     Reference:
         Xia, Zhong, Chen, "Structured Pruning Learns Compact and Accurate Models" (CoFi), ACL 2022, section 3;
         after Wang, Wohlwend, Lei, "Structured Pruning of Large Language Models", EMNLP 2020.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from hyperjax.budget import Multipliers, lagrangian
+        >>> float(lagrangian(jnp.float32(0.75), 0.5, Multipliers(linear=2.0, quadratic=4.0)))  # 2 / 4 + 4 / 16
+        0.75
     """
     excess = size - target
     return multipliers.linear * excess + multipliers.quadratic * jnp.square(excess)
@@ -145,7 +174,11 @@ def count_flops(jaxpr: core.Jaxpr) -> int:
 
 
 def count_flops_of(equation: core.JaxprEqn) -> int:
-    """As `flops`, of one of its equations."""
+    """As `flops`, of one of its equations.
+
+    Raises:
+        ValueError: as `flops`.
+    """
     name, params = equation.primitive.name, equation.params
     if name in ("dot_general", "conv_general_dilated"):
         shapes: list[Any] = [var.aval for var in (*equation.invars, *equation.outvars)]

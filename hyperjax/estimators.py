@@ -12,6 +12,17 @@ without `jit` and under `vmap`. Maths is done in float32 at least; results have 
 | `threshold_mask`, `top_k_mask` | exactly 0 or 1, no randomness | straight-through: of a sigmoid or softmax, biased |
 | `reinforce` | mean loss of sampled gates | score function: unbiased for Bernoulli gates, noisy |
 | `hard_concrete_l0`, `_one` | probabilities in closed form | exact |
+
+Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from hyperjax import estimators
+    >>> scores = jnp.array([0.3, -1.0, 2.0])
+    >>> estimators.top_k_mask(scores, k=2).tolist()
+    [1.0, 0.0, 1.0]
+    >>> jax.grad(lambda s: estimators.threshold_mask(s)[0])(jnp.zeros(3)).tolist()  # that of a sigmoid
+    [0.25, 0.0, 0.0]
+    >>> estimators.gumbel_softmax(jax.random.key(0), jnp.array([-jnp.inf, 0.0]), hard=True).tolist()
+    [0.0, 1.0]
 """
 
 import math
@@ -58,7 +69,16 @@ def hard_concrete(key: Array, log_alpha: Any, *, beta: Any = BETA, gamma: Any = 
 def hard_concrete_deterministic(log_alpha: Any, *, gamma: Any = GAMMA, zeta: Any = ZETA) -> Array:
     """The gates to evaluate and serve with: clip(sigmoid(log_alpha) (zeta - gamma) + gamma, 0, 1).
 
-    Gradient: exact, zero where clipped. Arguments and errors as of `hard_concrete`.
+    Gradient: exact, zero where clipped.
+
+    Args:
+        log_alpha, gamma, zeta: as of `hard_concrete`.
+
+    Returns:
+        z in [0, 1], of the shape and type of `log_alpha`.
+
+    Raises:
+        ValueError: gamma or zeta is out of range.
 
     Reference:
         Louizos et al. (2018), eq. 13.
@@ -72,7 +92,16 @@ def hard_concrete_l0(log_alpha: Any, *, beta: Any = BETA, gamma: Any = GAMMA, ze
     """The expected L0 norm of each gate, P(z != 0) = sigmoid(log_alpha - beta log(-gamma / zeta)).
 
     Its sum is the expected number of open gates, the penalty to train with. A gate that is served as 0 may still be
-    open with a probability of about a third. Gradient: exact. Arguments and errors as of `hard_concrete`.
+    open with a probability of about a third. Gradient: exact.
+
+    Args:
+        log_alpha, beta, gamma, zeta: as of `hard_concrete`.
+
+    Returns:
+        Probabilities in [0, 1], of the shape and type of `log_alpha`.
+
+    Raises:
+        ValueError: beta, gamma or zeta is out of range.
 
     Reference:
         Louizos et al. (2018), eq. 12.
@@ -85,7 +114,19 @@ def hard_concrete_l0(log_alpha: Any, *, beta: Any = BETA, gamma: Any = GAMMA, ze
 def hard_concrete_one(log_alpha: Any, *, beta: Any = BETA, gamma: Any = GAMMA, zeta: Any = ZETA) -> Array:
     """The probability that a gate is exactly 1, sigmoid(log_alpha - beta log((1 - gamma) / (zeta - 1))).
 
-    Gradient: exact. Arguments and errors as of `hard_concrete`.
+    Gradient: exact.
+
+    Args:
+        log_alpha, beta, gamma, zeta: as of `hard_concrete`.
+
+    Returns:
+        Probabilities in [0, 1], of the shape and type of `log_alpha`.
+
+    Raises:
+        ValueError: beta, gamma or zeta is out of range.
+
+    Reference:
+        From the same variable: P(s > (1 - gamma) / (zeta - gamma)), as of Louizos et al. (2018), eq. 10-11.
     """
     check_hard_concrete(beta, gamma, zeta)
     log_alpha, dtype = _widen(log_alpha)

@@ -4,6 +4,15 @@ A *spread* is a function (spec, native) -> standard deviation that a generated p
 that starts as its native value exactly. `native` is the parameter as the target itself would have drawn it.
 
 Reference: Chang, Flokas, Lipson, "Principled Weight Initialization for Hypernetworks", ICLR 2020.
+
+Example:
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> import hyperjax as hj
+    >>> x, generator = jnp.ones((1, 50)), hj.Linear(spread=hj.initializers.hyperfan_in(relu=True))
+    >>> hyper = hj.HyperNetwork.from_target(nn.Dense(400), x, embedding_dim=16, generator=generator)
+    >>> kernel = hyper.generate(jax.jit(hyper.init)(jax.random.key(0), x))["kernel"]
+    >>> round(float(kernel.std()), 2)  # sqrt(2 / fan_in)
+    0.2
 """
 
 import math
@@ -19,7 +28,15 @@ Spread = Callable[[ParamSpec, Array], Array]
 
 
 def native_spread(spec: ParamSpec, native: Array) -> Array:
-    """The standard deviation of the native draw; 0 for vectors and scalars, so that scales start at 1, biases at 0."""
+    """The standard deviation of the native draw; 0 for vectors and scalars, so that scales start at 1, biases at 0.
+
+    Args:
+        spec: of the parameter.
+        native: [*shape], the draw.
+
+    Returns:
+        A scalar, float32.
+    """
     if len(spec.shape) < 2:
         return jnp.zeros(())
     return jnp.std(native.astype(jnp.float32))
@@ -31,6 +48,12 @@ def hyperfan_in(relu: bool = True, bias: bool = False) -> Spread:
     Args:
         relu: whether the target's activations are ReLUs.
         bias: whether biases are generated too; then beta = 2, and they take the other half: Var b = r / 2.
+
+    Returns:
+        A spread, for the generators' attribute `spread`.
+
+    Reference:
+        Chang, Flokas, Lipson, "Principled Weight Initialization for Hypernetworks", ICLR 2020.
     """
     gain = 2.0 if relu else 1.0
 
@@ -48,6 +71,12 @@ def hyperfan_out(relu: bool = True) -> Spread:
 
     Args:
         relu: whether the target's activations are ReLUs.
+
+    Returns:
+        A spread, for the generators' attribute `spread`.
+
+    Reference:
+        Chang, Flokas, Lipson, "Principled Weight Initialization for Hypernetworks", ICLR 2020.
     """
     gain = 2.0 if relu else 1.0
 
@@ -78,6 +107,14 @@ def unit_rows(key: Array, shape: tuple[int, int], dtype=jnp.float32) -> Array:
 
     What a linear head makes of such a row has the variance that its initialization promises, for each row rather
     than on average.
+
+    Args:
+        key: PRNG key.
+        shape: (n, E).
+        dtype: of the embeddings.
+
+    Returns:
+        [n, E].
     """
     rows = jax.random.normal(key, shape, dtype)
     return rows * jax.lax.rsqrt(jnp.mean(rows**2, axis=-1, keepdims=True) + 1e-12)

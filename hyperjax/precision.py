@@ -34,6 +34,18 @@ class Policy:
 
     Raises:
         ValueError: a dtype that is not floating.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> model = hj.Policy.named("bfloat16").on(nn.Sequential([nn.Dense(8), nn.Dense(2)]))
+        >>> variables = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 4)))
+        >>> sorted({str(leaf.dtype) for leaf in jax.tree.leaves(variables)})  # parameters, and what an optimizer keeps
+        ['float32']
+        >>> str(model.module.apply(model.policy.cast_to_compute(variables), jnp.ones((1, 4), jnp.bfloat16)).dtype)
+        'bfloat16'
+        >>> str(model.apply(variables, jnp.ones((1, 4))).dtype)  # computed in bfloat16, put out for the loss
+        'float32'
     """
 
     param_dtype: Any = jnp.float32

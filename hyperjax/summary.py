@@ -105,8 +105,21 @@ def summarize(
         compiled: compile it, to know the memory of intermediate results.
         **keywords: further arguments of the call, as they are.
 
+    Returns:
+        A `Summary`, whose text is a table.
+
     Raises:
         ValueError: products stand in a `while_loop`, whose steps are not known; see `hyperjax.budget.flops`.
+
+    Example:
+        >>> import flax.linen as nn, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> summary = hj.summarize(nn.Sequential([nn.Dense(100), nn.Dense(10)]), jnp.ones((1, 20)))
+        >>> for row in summary.rows:  # print(summary) shows a table
+        ...     print("/".join(row.path), row.total, row.flops)
+        Sequential 3110 6000
+        Sequential/layers_0 2100 4000
+        Sequential/layers_1 1010 2000
     """
     if variables is None:
         rest = {

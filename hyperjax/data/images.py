@@ -36,7 +36,12 @@ CHUNK = 1024
 
 
 class Split(NamedTuple):
-    """Images, [N, H, W, C] uint8 or float32, and their labels, [N] int32."""
+    """Images, [N, H, W, C] uint8 or float32, and their labels, [N] int32.
+
+    Attributes:
+        images: [N, H, W, C].
+        labels: [N].
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -78,7 +83,11 @@ class Images:
         return split.images.astype(np.float32) / np.float32(self.peak)
 
     def channel_statistics(self, split: Split | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Returns mean and standard deviation of each channel of `floats(split)` (default: train), [C] float32."""
+        """Returns mean and standard deviation of each channel of `floats(split)` (default: train), [C] float32.
+
+        Raises:
+            ValueError: the split has no images.
+        """
         images = (self.train if split is None else split).images
         if len(images) == 0:
             raise ValueError(f"the split of {self.name!r} has no images, so no statistics; take the training split")

@@ -20,7 +20,12 @@ SPLITS = ("train", "valid", "test")
 
 
 class TaskSplit(NamedTuple):
-    """Arrays by name, [N, ...], of which `TaskData.encode` makes the inputs, and labels by task, [N, ...]."""
+    """Arrays by name, [N, ...], of which `TaskData.encode` makes the inputs, and labels by task, [N, ...].
+
+    Attributes:
+        features: by name.
+        labels: by task.
+    """
 
     features: dict[str, np.ndarray]
     labels: dict[str, np.ndarray]

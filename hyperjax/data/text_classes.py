@@ -37,7 +37,15 @@ class TextSplit(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TextClasses:
-    """Passages with the class of each; `symbols` are the padding, the characters of train, and `UNKNOWN`."""
+    """Passages with the class of each; `symbols` are the padding, the characters of train, and `UNKNOWN`.
+
+    Attributes:
+        name: short name of the data.
+        symbols: numbered by their place.
+        classes: their names, numbered by their place.
+        train, valid, test: passages.
+        notes: what was done that a reader of results should know.
+    """
 
     name: str
     symbols: tuple[str, ...]
@@ -57,7 +65,16 @@ class TextClasses:
 
 
 class TextBatches:
-    """Shuffled minibatches of B passages: what a step sees depends on the seed and its number alone (`EpochOrder`)."""
+    """Shuffled minibatches of B passages: what a step sees depends on the seed and its number alone (`EpochOrder`).
+
+    Args:
+        split: passages, with as many rows in each array.
+        batch: B.
+        seed: of the order.
+
+    Raises:
+        ValueError: the arrays have different lengths, or fewer than 1 or more than all passages make a batch.
+    """
 
     def __init__(self, split: TextSplit, batch: int, seed: int = 0):
         if len({len(array) for array in split}) > 1:

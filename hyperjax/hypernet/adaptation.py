@@ -75,6 +75,9 @@ def adapt(
         **keywords: the target's other keyword inputs, and `task_id` where something is kept per task; hashable, and
             constants of the compiled call.
 
+    Returns:
+        The embedding, what it cost, and how it got there.
+
     Raises:
         ValueError: a start, number, width or length that makes no sense, or a start from a table that does not exist.
 

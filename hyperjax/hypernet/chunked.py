@@ -32,8 +32,21 @@ class Chunked(Generator):
         features: F.
         spread: how spread out each kernel starts (`hyperjax.initializers`).
 
+    Raises:
+        ValueError: a chunk below 1; from `HyperNetwork.from_target`.
+
     Reference: von Oswald et al., "Continual learning with hypernetworks", ICLR 2020, section 3 (there the embedding is
     an input of the generator, not a factor).
+
+    Example:
+        >>> import flax.linen as nn, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> model, x = nn.Dense(1000), jnp.ones((1, 1000))
+        >>> hj.budget.count_parameters(model, x)
+        1001000
+        >>> hyper = hj.HyperNetwork.from_target(model, x, embedding_dim=64, generator=hj.Chunked())
+        >>> hj.budget.count_parameters(hyper, x)  # with hj.Linear() it would be 65,065,064
+        133355
     """
 
     chunk: int | None = None
@@ -41,6 +54,7 @@ class Chunked(Generator):
     spread: Spread = native_spread
 
     def refuse(self) -> str | None:
+        """Returns why it cannot make `leaves`, or None: a chunk below 1."""
         if self.chunk is not None and self.chunk < 1:
             return f"chunk is {self.chunk}, expected a whole number of at least 1, or None"
         return None
@@ -52,6 +66,7 @@ class Chunked(Generator):
 
     @nn.compact
     def __call__(self, z, task_id=None, native=None):
+        """Returns {path: [..., *shape]} of z [..., E]."""
         c, F = self.chunk_size, self.features
         f = (1.0 + nn.Dense(F, use_bias=False, name="condition")(z)) / math.sqrt(2.0)
         bias = self.param("condition_bias", nn.initializers.zeros, (F,), jnp.float32)

@@ -27,7 +27,19 @@ class ConvTiles(Generator):
         embedding: E.
         hidden: d.
 
+    Raises:
+        ValueError: a parameter that is no kernel [h, w, in, out]; from `HyperNetwork.from_target`.
+
     Reference: Ha, Dai, Le, arXiv 1609.09106, section 3.1, equations 2 to 4.
+
+    Example:
+        >>> import flax.linen as nn, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> conv, images = nn.Conv(32, (3, 3), use_bias=False), jnp.ones((1, 8, 8, 16))
+        >>> tiles = hj.ConvTiles(tile=16, embedding=64, hidden=64)
+        >>> hyper = hj.HyperNetwork.from_target(conv, images, embedding_dim=64, num_embeddings=0, generator=tiles)
+        >>> hj.budget.count_parameters(hyper, images)  # the paper's shared generator, 75,920, and 2 tiles of 64
+        76048
     """
 
     tile: int = 16
@@ -37,6 +49,7 @@ class ConvTiles(Generator):
     needs_z = False
 
     def refuse(self) -> str | None:
+        """Returns why it cannot make `leaves`, or None: one is no kernel [h, w, in, out]."""
         bad = next((spec for spec in self.leaves if len(spec.shape) != 4), None)
         if bad:
             return f"{bad.path} has shape {bad.shape}, expected [height, width, in, out]; narrow the rule's pattern"
@@ -44,6 +57,7 @@ class ConvTiles(Generator):
 
     @nn.compact
     def __call__(self, z, task_id=None, native=None):
+        """Returns {path: kernel [..., h, w, in, out]} of z [..., E], or of None."""
         made = {}
         for field in dict.fromkeys(spec.shape[:2] for spec in self.leaves):
             made.update(self._draw(field, [spec for spec in self.leaves if spec.shape[:2] == field], z, native))

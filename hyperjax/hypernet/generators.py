@@ -30,6 +30,19 @@ class Generator(nn.Module, kw_only=True):
     Attributes:
         leaves: what to generate.
         tasks: the task ids that it serves, in order; () where there are no tasks.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> class Gain(hj.Generator):
+        ...     @nn.compact
+        ...     def __call__(self, z, task_id=None, native=None):  # of one embedding: theta = (1 + z_0) theta_0
+        ...         return {spec.path: (1 + z[0]) * self.from_native(spec.name, spec, native) for spec in self.leaves}
+        >>> hyper = hj.HyperNetwork.from_target(nn.Dense(3), jnp.ones((1, 2)), embedding_dim=1, generator=Gain())
+        >>> variables = jax.jit(hyper.init)(jax.random.key(0), jnp.ones((1, 2)))
+        >>> one, two = (hyper.generate(variables, z=jnp.array([z]))["kernel"] for z in (0.0, 1.0))
+        >>> (two / one).tolist()
+        [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
     """
 
     leaves: tuple[ParamSpec, ...] = ()
@@ -38,6 +51,19 @@ class Generator(nn.Module, kw_only=True):
     needs_z: ClassVar[bool] = True  # whether it cannot do without an embedding
 
     def __call__(self, z: Array | None, task_id: Array | int | None = None, native: Native = None) -> Leaves:
+        """Makes the parameters; a subclass defines it.
+
+        Args:
+            z: [..., E], or None in a static hypernetwork.
+            task_id: index of the task among `tasks`, or None.
+            native: {path: [*shape]} while parameters are being made, later None.
+
+        Returns:
+            {path: [..., *shape]}.
+
+        Raises:
+            TypeError: the subclass defines none.
+        """
         raise TypeError(f"{type(self).__name__} defines no __call__(z, task_id, native)")
 
     def refuse(self) -> str | None:
@@ -66,6 +92,19 @@ class Linear(Generator):
         use_bias: whether kernels have a learned value that all embeddings share, as vectors always do.
         residual: whether kernels start at their native values, plus a tenth of the spread that z makes of them: to
             start from trained parameters (Ortiz et al., ICLR 2024, equation 6). It needs `use_bias`.
+
+    Raises:
+        ValueError: `residual` without `use_bias`; from `HyperNetwork.from_target`.
+
+    Example:
+        >>> import flax.linen as nn, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> model, x = nn.Dense(10), jnp.ones((1, 28))
+        >>> hyper = hj.HyperNetwork.from_target(model, x, embedding_dim=8, generator=hj.Linear())
+        >>> hj.budget.count_parameters(model, x)  # n = 28 * 10 + 10
+        290
+        >>> hj.budget.count_parameters(hyper, x)  # n E + n, and an embedding of E = 8
+        2618
     """
 
     spread: Spread = native_spread
@@ -73,10 +112,12 @@ class Linear(Generator):
     residual: bool = False
 
     def refuse(self) -> str | None:
+        """Returns why it cannot make `leaves`, or None: `residual` without `use_bias`."""
         return _refuse_residual(self)
 
     @nn.compact
     def __call__(self, z, task_id=None, native=None):
+        """Returns {path: H z + b, [..., *shape]} of z [..., E]."""
         return {spec.path: head(self, spec, z, native) for spec in self.leaves}
 
 
@@ -87,6 +128,17 @@ class MLP(Generator):
         hidden: widths of the hidden layers.
         activation: of the hidden layers.
         spread, use_bias, residual: as in `Linear`.
+
+    Raises:
+        ValueError: `residual` without `use_bias`; from `HyperNetwork.from_target`.
+
+    Example:
+        >>> import flax.linen as nn, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> model, x = nn.Dense(10), jnp.ones((1, 28))  # n = 28 * 10 + 10 parameters
+        >>> hyper = hj.HyperNetwork.from_target(model, x, embedding_dim=8, generator=hj.MLP(hidden=(16,)))
+        >>> hj.budget.count_parameters(hyper, x)  # n F + n, a layer of (8 + 1) 16, an embedding of 8
+        5082
     """
 
     hidden: tuple[int, ...] = (64,)
@@ -96,10 +148,12 @@ class MLP(Generator):
     residual: bool = False
 
     def refuse(self) -> str | None:
+        """Returns why it cannot make `leaves`, or None: `residual` without `use_bias`."""
         return _refuse_residual(self)
 
     @nn.compact
     def __call__(self, z, task_id=None, native=None):
+        """Returns {path: H f(z) + b, [..., *shape]} of z [..., E]."""
         for width in self.hidden:
             z = self.activation(nn.Dense(width)(z))
         z = rms_norm(z)
@@ -116,7 +170,20 @@ class SeparableMLP(Generator):
         groups: G.
         activation, spread, use_bias, residual: as in `MLP`.
 
+    Raises:
+        ValueError: `residual` without `use_bias`, or a width that `groups` does not divide; from `from_target`.
+
     Reference: the channel shuffle is that of Zhang et al., "ShuffleNet", CVPR 2018.
+
+    Example:
+        >>> import flax.linen as nn, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> x = jnp.ones((1, 28))
+        >>> for generator in (hj.MLP(hidden=(64, 64)), hj.SeparableMLP(hidden=(64, 64), groups=4)):
+        ...     hyper = hj.HyperNetwork.from_target(nn.Dense(10), x, embedding_dim=8, generator=generator)
+        ...     print(type(generator).__name__, hj.budget.count_parameters(hyper, x))
+        MLP 23594
+        SeparableMLP 6634
     """
 
     hidden: tuple[int, ...] = (64, 64)
@@ -127,12 +194,14 @@ class SeparableMLP(Generator):
     residual: bool = False
 
     def refuse(self) -> str | None:
+        """Returns why it cannot make `leaves`, or None: as its class says."""
         bad = [width for width in self.hidden if width % self.groups]
         problem = f"hidden has width {bad[0]}, expected a multiple of groups = {self.groups}" if bad else None
         return problem or _refuse_residual(self)
 
     @nn.compact
     def __call__(self, z, task_id=None, native=None):
+        """Returns {path: H f(z) + b, [..., *shape]} of z [..., E]."""
         G = self.groups
         widths = (*self.hidden, *(() if self.hidden else (z.shape[-1],)))
         f = nn.Dense(widths[0], name="lift")(z)

@@ -89,6 +89,15 @@ class Scale(Modulated):
         spread: standard deviation of D z at the start.
 
     Reference: Ha, Dai, Le, arXiv 1609.09106, section 3.2, equations 8 to 10.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> x, trained = jnp.ones((1, 2)), {"kernel": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "bias": jnp.zeros(2)}
+        >>> hyper = hj.HyperNetwork.from_target(nn.Dense(2), x, embedding_dim=8, generator=hj.Scale(), params=trained)
+        >>> variables = jax.jit(hyper.init)(jax.random.key(0), x)
+        >>> hyper.generate(variables, z=jnp.zeros(8))["kernel"].tolist()  # d(0) = 1: the network that it started from
+        [[1.0, 2.0], [3.0, 4.0]]
     """
 
     full: bool = False
@@ -96,6 +105,7 @@ class Scale(Modulated):
 
     @nn.compact
     def factors(self, z, task_id=None, native=None):
+        """Returns {path: `Scaled`, or the value of a vector [..., *shape]} of z [..., E]."""
         made: Factors = {}
         for spec in self.leaves:
             if len(spec.shape) < 2:
@@ -117,17 +127,32 @@ class LowRank(Modulated):
         rank: r.
         alpha: factor of the product; None is r.
 
+    Raises:
+        ValueError: a rank below 1; from `HyperNetwork.from_target`.
+
     Reference: Hu et al., "LoRA", ICLR 2022, section 4.1, there without z.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> x, trained = jnp.ones((1, 2)), {"kernel": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "bias": jnp.zeros(2)}
+        >>> lora = hj.LowRank(rank=1, freeze_base=True)
+        >>> hyper = hj.HyperNetwork.from_target(nn.Dense(2), x, embedding_dim=8, generator=lora, params=trained)
+        >>> variables = jax.jit(hyper.init)(jax.random.key(0), x)
+        >>> hyper.generate(variables, task_id=0)["kernel"].tolist()  # B(z) starts at 0
+        [[1.0, 2.0], [3.0, 4.0]]
     """
 
     rank: int = 4
     alpha: float | None = None
 
     def refuse(self) -> str | None:
+        """Returns why it cannot make `leaves`, or None: a rank below 1."""
         return f"rank is {self.rank}, expected a whole number of at least 1" if self.rank < 1 else None
 
     @nn.compact
     def factors(self, z, task_id=None, native=None):
+        """Returns {path: `LowRankSum`, or the value of a vector [..., *shape]} of z [..., E]."""
         made: Factors = {}
         factor = 1.0 if self.alpha is None else self.alpha / self.rank
         for spec in self.leaves:

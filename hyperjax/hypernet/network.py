@@ -34,6 +34,24 @@ class HyperNetwork(nn.Module):
     the target, and so are `mutable=` of `apply` and its `rngs=`, folded as for any submodule. Where each sample has
     weights of its own, "one set of weights" means one network: nothing then passes from sample to sample, except in a
     BatchNorm of the factored route (`per_sample.py`).
+
+    Raises:
+        ValueError: the variables hold a table of embeddings of another shape; see also `from_target` and `__call__`.
+
+    Reference: Ha, Dai, Le, "HyperNetworks", arXiv 1609.09106.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> model, x = nn.Dense(10), jnp.ones((2, 28))
+        >>> hyper = hj.HyperNetwork.from_target(model, x, embedding_dim=8, num_embeddings=3)
+        >>> variables = jax.jit(hyper.init)(jax.random.key(0), x, task_id=0)
+        >>> hyper.apply(variables, x, task_id=2).shape
+        (2, 10)
+        >>> jax.tree.map(jnp.shape, hyper.generate(variables, task_id=2))
+        {'bias': (10,), 'kernel': (28, 10)}
+        >>> hyper.generate(variables, task_id=jnp.array([0, 2]))["kernel"].shape  # one kernel for each of two samples
+        (2, 28, 10)
     """
 
     targets: tuple[Target, ...]
@@ -93,6 +111,9 @@ class HyperNetwork(nn.Module):
                 deep or wide hidden layers. The parameters that the target itself keeps stay.
             sample_block: how many of a batch's own sets of weights may exist at once, where each sample has weights
                 of its own; by default as many as fit 1 GiB.
+
+        Returns:
+            The hypernetwork, a Linen module.
 
         Raises:
             ValueError: a target without parameters or of an unknown kind, a pattern that selects nothing, a generator
@@ -191,6 +212,9 @@ class HyperNetwork(nn.Module):
 
         Returns:
             A pytree of the target's own structure: `model.apply({"params": params}, x)`; nested dicts for nnx.
+
+        Raises:
+            ValueError: as `__call__`.
         """
         made: Any = self.apply(variables, task_id, z, condition, False, rngs=rngs, method=HyperNetwork._generate)
         return made[1]
@@ -213,6 +237,9 @@ class HyperNetwork(nn.Module):
         Returns:
             For Linen the variables, batch statistics included: `model.apply(materialized, x)`. For nnx a module of its
             own. For a function its parameters.
+
+        Raises:
+            ValueError: as `__call__`, or more than one network is asked for.
         """
         made: Any = self.apply(variables, task_id, z, condition, True, rngs=rngs, method=HyperNetwork._generate)
         target, params, state = made
@@ -232,6 +259,9 @@ class HyperNetwork(nn.Module):
 
         Args:
             variables, task_id, z, condition, rngs: as in `generate`, for one network.
+
+        Raises:
+            ValueError: as `__call__`, or more than one network is asked for.
         """
         made: Any = self.apply(variables, task_id, z, condition, True, rngs=rngs, method=HyperNetwork._generate)
         target, params, state = made
@@ -239,7 +269,11 @@ class HyperNetwork(nn.Module):
 
     @nn.nowrap
     def embeddings(self, variables: Mapping[str, Any]) -> Array:
-        """Returns the table of task embeddings [T, E]."""
+        """Returns the table of task embeddings [T, E].
+
+        Raises:
+            ValueError: there is no such table, but an encoder, or `num_embeddings=0`.
+        """
         if "embedding" not in variables["params"]:
             raise ValueError("this hypernetwork has no table of embeddings: it has an encoder, or num_embeddings=0")
         return variables["params"]["embedding"]

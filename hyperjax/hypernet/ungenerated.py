@@ -12,22 +12,45 @@ Array = jax.Array
 
 
 class Learned(Generator):
-    """Parameters learned directly, shared by all tasks; they start as the target's own."""
+    """Parameters learned directly, shared by all tasks; they start as the target's own.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> x, rules = jnp.ones((1, 28)), [("bias", hj.Learned())]
+        >>> hyper = hj.HyperNetwork.from_target(nn.Dense(10), x, embedding_dim=8, num_embeddings=3, rules=rules)
+        >>> variables = jax.jit(hyper.init)(jax.random.key(0), x, task_id=0)
+        >>> variables["params"]["generators_0"]["theta.bias"].shape  # the bias itself, for all three tasks
+        (10,)
+    """
 
     needs_z = False
 
     @nn.compact
     def __call__(self, z, task_id=None, native=None):
+        """Returns {path: [*shape]}, whatever z is."""
         return {spec.path: self.from_native(spec.name, spec, native) for spec in self.leaves}
 
 
 class Frozen(Generator):
-    """Parameters that stay as they start, in the collection "frozen" and in their own dtype."""
+    """Parameters that stay as they start, in the collection "frozen" and in their own dtype.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> x, rules = jnp.ones((1, 28)), [("bias", hj.Frozen())]
+        >>> hyper = hj.HyperNetwork.from_target(nn.Dense(10), x, embedding_dim=8, rules=rules)
+        >>> variables = jax.jit(hyper.init)(jax.random.key(0), x)
+        >>> jax.tree.map(jnp.shape, variables["frozen"])  # train variables["params"] alone
+        {'generators_0': {'theta.bias': (10,)}}
+    """
 
     needs_z = False
 
     @nn.compact
     def __call__(self, z, task_id=None, native=None):
+        """Returns {path: [*shape]}, whatever z is."""
+
         def start(spec):
             return jnp.zeros(spec.shape, spec.dtype) if native is None else jnp.asarray(native[spec.path], spec.dtype)
 
@@ -38,15 +61,29 @@ class PerTask(Generator):
     """Parameters learned directly, a copy for each task [tasks, *shape]; all copies start as the target's own.
 
     A task id that is out of range, inside `jit`, gives NaN.
+
+    Raises:
+        ValueError: there are no tasks (`num_embeddings=0`); from `HyperNetwork.from_target`.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> x, rules = jnp.ones((1, 28)), [("bias", hj.PerTask())]
+        >>> hyper = hj.HyperNetwork.from_target(nn.Dense(10), x, embedding_dim=8, num_embeddings=3, rules=rules)
+        >>> variables = jax.jit(hyper.init)(jax.random.key(0), x, task_id=0)
+        >>> variables["params"]["generators_0"]["theta.bias"].shape  # a bias for each of three tasks
+        (3, 10)
     """
 
     needs_z = False
 
     def refuse(self) -> str | None:
+        """Returns why it cannot make `leaves`, or None: there are no tasks."""
         return None if self.tasks else "PerTask has no tasks; give num_embeddings, the number of tasks"
 
     @nn.compact
     def __call__(self, z, task_id=None, native=None):
+        """Returns {path: [..., *shape]}, the copies of the tasks [...]."""
         made = {}
         for spec in self.leaves:
 

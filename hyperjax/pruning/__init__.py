@@ -6,6 +6,17 @@ out = model.apply(variables, tokens, key)  # training: gates are drawn with the 
 loss = cross_entropy(out["logits"]) + lagrangian(out["share"], 0.6, multipliers)
 out = model.apply(variables, tokens)  # as it is served
 small = compact(model, variables)  # faster: small.model.apply(small.variables, tokens)
+
+Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from hyperjax.pruning import Gated, HardConcrete, compact
+    >>> from hyperjax.transformer import Config
+    >>> model = Gated(Config(vocabulary=20, layers=1, width=16, heads=4, ffn=32), choice=HardConcrete())
+    >>> variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 5), int))
+    >>> logits = variables["params"]["routers_heads"]  # [layers, heads]; what training would move
+    >>> logits["logits"] = jnp.array([[-9.0, 9.0, 9.0, -9.0]])
+    >>> compact(model, variables).model.config.heads
+    (2,)
 """
 
 from hyperjax.budget import Multipliers, ascend, lagrangian

@@ -39,6 +39,9 @@ class Buckets(nn.Module):
         seed: of buckets that are drawn at random, to compare with, so that costs are `budget` on average.
         budget: share of all operations of random buckets; None else.
 
+    Raises:
+        ValueError: a setting is out of range, shares do not rise, or seed comes without budget; when it is called.
+
     Reference:
         Yu et al., "Slimmable neural networks" (2019), for nested widths.
     """
@@ -101,6 +104,10 @@ class Buckets(nn.Module):
             What the Transformer returns; `gates`, of all layers; `opened`, those of the likeliest bucket, with the
             gradient of the probabilities; `bucket` [B, J], one-hot; `share` [B] of the operations that the likeliest
             bucket leaves, with the same gradient; `losses`: empty.
+
+        Raises:
+            ValueError: tokens are no whole numbers [B, L], a mask is given to a decoder or is of another shape, or a
+                decoder's input is no longer than its prompt.
         """
         first, rest = (None, None) if key is None else tuple(jax.random.split(key))
         found: dict[str, Any] = {}

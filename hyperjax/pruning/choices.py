@@ -25,6 +25,11 @@ class HardConcrete:
         gamma: lower end of the stretch.
         zeta: upper end of the stretch.
         start: probability that a gate is open at first.
+
+    Raises:
+        ValueError: beta, gamma, zeta or start is out of range; see `hyperjax.estimators.hard_concrete_log_alpha`.
+
+    Reference: Louizos et al., "Learning sparse neural networks through L0 regularization" (2018).
     """
 
     beta: float = estimators.BETA
@@ -64,6 +69,9 @@ class GumbelSigmoid:
     Attributes:
         hard: False leaves the samples soft in training.
         start: probability that a gate is open at first.
+
+    Raises:
+        ValueError: start is outside (0, 1).
     """
 
     hard: bool = True
@@ -94,6 +102,9 @@ class Threshold:
 
     Attributes:
         start: sigmoid of the logits at first.
+
+    Raises:
+        ValueError: start is outside (0, 1).
     """
 
     start: float = 0.9
@@ -122,6 +133,9 @@ class TopK:
     Attributes:
         keep: share of the units in (0, 1], or their number.
         noise: scale of the logistic noise on the logits in training, times the temperature.
+
+    Raises:
+        ValueError: keep is neither a share in (0, 1] nor a number of 1 or more.
     """
 
     keep: float | int = 0.5

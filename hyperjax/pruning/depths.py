@@ -97,6 +97,9 @@ class MixtureOfDepths(nn.Module):
             What the Transformer returns; `gates`, with `tokens` [layers, B, L], 0 or 1; `share` of the operations that
             they leave, scalar or [B]; `losses`: {"predictor": cross-entropy of the predictors, and quantile
             loss of their thresholds}.
+
+        Raises:
+            ValueError: tokens are no whole numbers [B, L], or a mask is given to a decoder or is of another shape.
         """
         first, rest = (None, None) if key is None else tuple(jax.random.split(key))
         found: dict[int, Array] = {}

@@ -43,6 +43,10 @@ class Experts(nn.Module):
         capacity: places of each block in training, as a multiple of a balanced load; 1.25 is usual.
         seed: of routing that is drawn at random, to compare with; None learns.
 
+    Raises:
+        ValueError: a setting is out of range, blocks do not divide the feed-forward networks, or routing by expert in a
+            decoder; when it is called.
+
     Reference:
         Fedus et al., "Switch transformers" (2021), for capacity and balance; Zoph et al., "ST-MoE" (2022), eq. 5, for
         the z-loss; Zhou et al., "Mixture-of-experts with expert choice routing" (2022).
@@ -106,6 +110,10 @@ class Experts(nn.Module):
             that the chosen blocks leave, or with a capacity all its places; `losses`: {"balance": ..., "z": ...},
             means over layers, to be weighted by about 1e-2 and 1e-3 (balance only of routing by token); `dropped`:
             share of the choices without a place.
+
+        Raises:
+            ValueError: tokens are no whole numbers [B, L], a mask is given to a decoder or is of another shape, or a
+                capacity is not above 0.
         """
         if capacity == "config":
             capacity = None if key is None else self.capacity

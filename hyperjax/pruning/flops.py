@@ -57,6 +57,9 @@ def costs(config: Config, length: int, *, causal: bool = True, cached: int | Non
 
     Returns:
         The costs; `total` is their sum. Times the batch, it agrees with XLA's analysis of the compiled forward pass.
+
+    Raises:
+        ValueError: a length or cache below 1 position.
     """
     if length < 1 or (cached is not None and cached < 1):
         raise ValueError(f"length is {length} and cached {cached}, expected 1 or more positions")

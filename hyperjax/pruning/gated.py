@@ -109,6 +109,10 @@ class Gated(nn.Module):
             What the Transformer returns; `gates`, of all layers; `opened`, the same 0 or 1 as they are served, with the
             gradient of the probabilities to be open; `share` of the operations that those leave, scalar or [B]: steer
             it by `hyperjax.budget.lagrangian`; `losses`: empty.
+
+        Raises:
+            ValueError: tokens are no whole numbers [B, L], a mask is given to a decoder or is of another shape, or, by
+                batch or sequence, a decoder's input is no longer than its prompt.
         """
         gate_key, drop_key = (None, None) if key is None else tuple(jax.random.split(key))
         decided: dict[int, tuple[Gates, Gates]] = {}

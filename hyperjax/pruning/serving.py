@@ -36,6 +36,9 @@ class BucketServer:
         model: the buckets.
         variables: `{"whole": ..., "widths": (...)}`, to pass to `__call__`; they are data, so that `jit` need not bake
             them in.
+
+    Raises:
+        ValueError: the buckets are random ones, or an encoder has no outputs.
     """
 
     def __init__(self, model: Buckets, variables: Any):

@@ -34,6 +34,9 @@ class Cell(nn.RNNCellBase):
       deterministic: True switches dropout off.
       dtype: what matrix products are computed in, for example jnp.bfloat16; None is `param_dtype`.
       param_dtype: float32 or float64, of parameters, layer norms and state.
+
+    Raises:
+      ValueError: units below 1, keep outside (0, 1], or a param_dtype other than float32 and float64; at construction.
     """
 
     units: int
@@ -59,15 +62,27 @@ class Cell(nn.RNNCellBase):
         super().__post_init__()
 
     def weights(self, features: int) -> Weights:
-        """Creates or reads the parameters for inputs of `features` columns."""
+        """Creates or reads the parameters for inputs of `features` columns.
+
+        Raises:
+          TypeError: the subclass does not define `weights`.
+        """
         raise TypeError(f"{type(self).__name__} has to define `weights`")
 
     def step(self, small: Any, carry: tuple, xp: dict, hp: dict, noise: Array | None) -> tuple:
-        """One time step after the big products: returns the new carry. A pure function of its arguments."""
+        """One time step after the big products: returns the new carry. A pure function of its arguments.
+
+        Raises:
+          TypeError: the subclass does not define `step`.
+        """
         raise TypeError(f"{type(self).__name__} has to define `step`")
 
     def gate(self, small: Any, carry: tuple, x: Array, xp: dict, hp: dict) -> Array:
-        """The input as the late weights read it, for cells that have any; see `Weights`."""
+        """The input as the late weights read it, for cells that have any; see `Weights`.
+
+        Raises:
+          TypeError: the subclass does not define `gate` although it has late weights.
+        """
         raise TypeError(f"{type(self).__name__} has late weights and has to define `gate`")
 
     def state_sizes(self) -> tuple[int, ...]:
@@ -76,6 +91,7 @@ class Cell(nn.RNNCellBase):
 
     @property
     def drops(self) -> bool:
+        """Whether it drops units: keep below 1 and not deterministic."""
         return self.keep < 1 and not self.deterministic
 
     def masks(self, key: Array, times: Array, batch: int) -> Array:
@@ -88,6 +104,7 @@ class Cell(nn.RNNCellBase):
         return jax.vmap(draw)(times)
 
     def scaled(self, mask: Array | None) -> Array | None:
+        """A mask as the factors of the units that it keeps, 1 / keep, and 0; None stays None."""
         return None if mask is None else mask.astype(self.param_dtype) / self.keep
 
     def __call__(self, carry: tuple, inputs: Array) -> tuple[tuple, Array]:
@@ -120,6 +137,7 @@ class Cell(nn.RNNCellBase):
 
     @property
     def num_feature_axes(self) -> int:
+        """Number of axes of a feature, which Flax asks for: 1."""
         return 1
 
     def side_by_side(self, prefix: str, init: Any, shape: tuple[int, int]) -> Array:
@@ -153,7 +171,21 @@ class LSTM(Cell):
       forget_bias: added to the forget gate; the paper gives none, public code uses 1.
       epsilon: of the layer norms.
 
+    Raises:
+      ValueError: units below 1, keep outside (0, 1], or a param_dtype other than float32 and float64; at construction.
+
     Reference: Ha, Dai, Le, "HyperNetworks", arXiv 1609.09106, appendix A.2 (the baselines of Table 3).
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import hyperjax as hj
+      >>> rnn, x = hj.FastRNN(hj.LSTM(units=16)), jnp.zeros((2, 7, 8))  # [B, T, D]
+      >>> variables = jax.jit(rnn.init)(jax.random.key(0), x)
+      >>> (c, h), outputs = rnn.apply(variables, x)
+      >>> c.shape, h.shape, outputs.shape
+      ((2, 16), (2, 16), (2, 7, 16))
+      >>> hj.budget.count_parameters(rnn, x)  # 4 (D H + H H + H)
+      1600
     """
 
     layer_norm: bool = False
@@ -162,6 +194,7 @@ class LSTM(Cell):
 
     @nn.compact
     def weights(self, features: int) -> Weights:
+        """Creates or reads the parameters for inputs of `features` columns."""
         H = self.units
         inputs = {"x": self.side_by_side("W_x", orthogonal, (features, H))}
         recurrent = {"h": self.side_by_side("W_h", orthogonal, (H, H))}
@@ -169,6 +202,7 @@ class LSTM(Cell):
         return Weights(inputs, recurrent, small | (self.norm_weights("", H) if self.layer_norm else {}))
 
     def step(self, small, carry, xp, hp, noise):
+        """From (c, h), [B, H] each, and the products, [B, 4 H], to the new (c, h)."""
         y = add_bias(self.by_gate(xp["x"] + hp["h"]), small["b"])
         return lstm_step(self, small, carry[0], y, self.scaled(noise))
 

@@ -31,6 +31,9 @@ class _Full(HyperCell):
         return super().generator_weights(kinds)
 
     def generate(self, small, h_hat):
+        """Raises:
+        ValueError: always: there are no scales.
+        """
         raise ValueError(f"{type(self).__name__} generates whole matrices, not scales; read `embeddings` instead")
 
     def modulated(self, small, h_hat, hp, xp):
@@ -48,12 +51,18 @@ class FullHyperRNN(_Full, HyperRNN):
 
     Parameters `W_h` [H, Z H] and `W_x` [D, Z H] hold the Z matrices side by side.
 
+    Raises:
+      ValueError: as `HyperRNN`.
+
     Reference: Ha, Dai, Le, "HyperNetworks", arXiv 1609.09106, section 3.2, equations 5-6.
     """
 
 
 class FullHyperLSTM(_Full, HyperLSTM):
     """HyperLSTM with whole generated matrices in every gate: y = LN(W_h(z_h) h + W_x(z_x) x + b(z_b)).
+
+    Raises:
+      ValueError: as `HyperLSTM`.
 
     Reference: the same equations, applied to each gate of an LSTM.
     """

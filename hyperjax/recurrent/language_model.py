@@ -53,6 +53,24 @@ class LanguageModel(nn.Module):
       gate_input: of HyperLSTMs.
       dtype: of the matrix products, for example "bfloat16"; None is float32.
       remat_chunk: see `FastRNN`.
+
+    Raises:
+      ValueError: an unknown cell or skip, vocabulary or layers below 1, tied without `input_units`, gate_input of a
+        cell that is no HyperLSTM; at construction. Of units, keep and weight_keep, when it is called; see the cells and
+        `FastRNN`.
+
+    Reference: Ha, Dai, Le, "HyperNetworks", arXiv 1609.09106, section 4.3 and appendix A.3.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import hyperjax as hj
+      >>> model, tokens = hj.LanguageModel("lstm", vocabulary=50, units=16), jnp.zeros((2, 7), int)
+      >>> params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+      >>> jax.jit(model.apply)({"params": params}, tokens)["logits"].shape
+      (2, 7, 50)
+      >>> paper = hj.LanguageModel(vocabulary=50, **hj.recurrent.PAPER_MODELS["ln_hyper_lstm"])
+      >>> hj.budget.count_parameters(paper, tokens)  # as in Table 3
+      4923154
     """
 
     cell: str
@@ -120,6 +138,9 @@ class LanguageModel(nn.Module):
 
         Returns:
           {"logits": [B, T, V] float32, "carry": state after the last symbol, "hidden": tuple of [B, T, H] a layer}.
+
+        Raises:
+          ValueError: no token, or a carry of another shape; see `FastRNN`.
         """
         carry = self.initialize_carry(tokens.shape[0]) if carry is None else carry
         over_time = (1,) if self.variational else ()

@@ -26,6 +26,16 @@ class FastRNN(nn.Module):
       weight_keep: probability of keeping each entry of the matrices that multiply h, drawn anew at every call and the
         same at all its steps (DropConnect: Merity, Keskar, Socher, arXiv 1708.02182, section 2). Below 1 a `dropout`
         PRNG is needed unless the cell is deterministic.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> import hyperjax as hj
+      >>> rnn, x = hj.FastRNN(hj.LSTM(units=16)), jnp.ones((2, 6, 8))  # [B, T, D]
+      >>> variables = jax.jit(rnn.init)(jax.random.key(0), x)
+      >>> carry, outputs = rnn.apply(variables, x)
+      >>> same = nn.RNN(hj.LSTM(units=16)).apply(variables, x)  # Flax's loop, with the same variables
+      >>> outputs.shape, round(float(jnp.abs(outputs - same).max()), 2)
+      ((2, 6, 16), 0.0)
     """
 
     cell: Cell

@@ -33,6 +33,15 @@ def generate(
 
     Raises:
       ValueError: a length < 1, a temperature < 0 or not finite, prime ids that are no integers of the vocabulary.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import hyperjax as hj
+      >>> model = hj.LanguageModel("lstm", vocabulary=4, units=8)
+      >>> params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+      >>> params["readout"]["bias"] = jnp.array([0.0, 0.0, 99.0, 0.0])  # a text of nothing but symbol 2
+      >>> hj.generate(model, params, prime_ids=[0, 1], length=5, key=jax.random.key(1)).tolist()
+      [2, 2, 2, 2, 2]
     """
     prime = np.asarray(prime_ids).reshape(-1)
     if length < 1:

@@ -7,6 +7,17 @@ outputs, info = model.apply(variables, x, key)  # training: gates are sampled wi
 loss = sum(task_losses(tasks, outputs, labels).values()) + 1e-3 * info["l0"]
 outputs, info = model.apply(variables, x)  # evaluation: gates are deterministic
 small = compact(model, variables)  # what is left to serve: small.model.apply(small.variables, x)
+
+Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from hyperjax.routing import SNR, Binary, compact, task_losses
+    >>> tasks, x = {"income": Binary(), "married": Binary()}, jnp.ones((4, 10))
+    >>> model = SNR(levels=((8, 8), (8, 8)), tasks=tasks)
+    >>> variables = jax.jit(model.init)(jax.random.key(0), x)
+    >>> outputs, info = jax.jit(model.apply)(variables, x, jax.random.key(1))
+    >>> losses = task_losses(tasks, outputs, {name: jnp.array([0, 1, 0, 1]) for name in tasks})
+    >>> sorted(losses), compact(model, variables).connections  # all gates are still open
+    (['income', 'married'], (8, 8))
 """
 
 from hyperjax.budget import Multipliers, ascend, count_parameters, fit_width, flops, lagrangian

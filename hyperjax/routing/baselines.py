@@ -63,11 +63,15 @@ class SingleTask(_Network):
 
     Attributes:
         bottom: widths of the layers below the tower; each task has its own of these.
+
+    Raises:
+        ValueError: no width in `bottom`, a width below 1, or tasks and towers that do not fit.
     """
 
     bottom: Sequence[int]
 
     def body(self, x):
+        """Returns what the towers read, [T, B, W], and info, of x [B, d]."""
         experts = Experts(len(self.tasks), self.bottom, name="bottom")(x)
         return experts, {"experts": {"level_0": experts}}
 
@@ -78,6 +82,9 @@ class SharedBottom(_Network):
     Attributes:
         bottom: widths of the shared layers.
 
+    Raises:
+        ValueError: no width in `bottom`, a width below 1, or tasks and towers that do not fit.
+
     Reference:
         Caruana, "Multitask Learning", Machine Learning 28 (1997), section 2.
     """
@@ -85,6 +92,7 @@ class SharedBottom(_Network):
     bottom: Sequence[int]
 
     def body(self, x):
+        """Returns what the towers read, T times the same [B, W], and info, of x [B, d]."""
         experts = Experts(1, self.bottom, name="bottom")(x)
         return [experts[0]] * len(self.tasks), {"experts": {"level_0": experts}}
 
@@ -100,6 +108,9 @@ class CrossStitch(_Network):
         levels: width of each layer.
         stay: share of its own column that a task starts with, 0 to 1; all of it if there is but one task.
 
+    Raises:
+        ValueError: no level, `stay` outside [0, 1], a width below 1, or tasks and towers that do not fit.
+
     Reference:
         Misra et al., "Cross-stitch Networks for Multi-task Learning", CVPR 2016, eq. 1; `stay` is from section 5.
     """
@@ -113,6 +124,7 @@ class CrossStitch(_Network):
         super().__post_init__()
 
     def body(self, x):
+        """Returns what the towers read, [T, B, W], and info, of x [B, d]."""
         number = len(self.tasks)
         own = self.stay if number > 1 else 1.0
         start = np.eye(number) * own + (1 - np.eye(number)) * (1 - own) / max(number - 1, 1)
@@ -132,15 +144,31 @@ class MMoE(_Network):
         experts: how many.
         widths: widths of the layers of each.
 
+    Raises:
+        ValueError: no expert, no width, a width below 1, or tasks and towers that do not fit.
+
     Reference:
         Ma et al., "Modeling Task Relationships in Multi-task Learning with Multi-gate Mixture-of-Experts", KDD 2018,
         eq. 6-7: f^k(x) = sum_i g^k(x)_i f_i(x), g^k(x) = softmax(W_k x).
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> tasks = {"income": hj.routing.Binary(), "job": hj.routing.MultiClass(5)}
+        >>> model, x = hj.MMoE(experts=3, widths=(8,), tasks=tasks), jnp.ones((4, 10))
+        >>> variables = jax.jit(model.init)(jax.random.key(0), x)
+        >>> outputs, info = jax.jit(model.apply)(variables, x)
+        >>> {name: logits.shape for name, logits in outputs.items()}
+        {'income': (4,), 'job': (4, 5)}
+        >>> info["gates"]["towers"]["income"].sum(-1).round(3).tolist()  # over the three experts, for each sample
+        [1.0, 1.0, 1.0, 1.0]
     """
 
     experts: int
     widths: Sequence[int]
 
     def body(self, x):
+        """Returns what the towers read, [T, B, W], and info, of x [B, d]."""
         experts = Experts(self.experts, self.widths, name="experts")(x)
         gates = Gates(len(self.tasks), self.experts, name="gates")(x)
         return mix(gates, experts), {"experts": {"level_0": experts}, "gates": {"towers": self.by_task(gates)}}
@@ -154,6 +182,9 @@ class MultiLevelMMoE(_Network):
     Attributes:
         levels: (number of experts, width, ...) of each level.
 
+    Raises:
+        ValueError: no level, a level without widths, a number below 1, or tasks and towers that do not fit.
+
     Reference:
         Ma et al., "SNR: Sub-Network Routing for Flexible Parameter Sharing in Multi-Task Learning", AAAI 2019, the
         multi-level baseline.
@@ -163,6 +194,7 @@ class MultiLevelMMoE(_Network):
     counts = ("number of experts",)
 
     def body(self, x):
+        """Returns what the towers read, [T, B, W], and info, of x [B, d]."""
         readers = [number for number, *_ in self.levels[1:]] + [len(self.tasks)]
         inputs = x
         info: dict[str, Any] = {"experts": {}, "gates": {}}
@@ -186,6 +218,9 @@ class PLE(_Network):
     Attributes:
         levels: (shared experts, experts of each task, width, ...) of each level.
 
+    Raises:
+        ValueError: no level, a level without widths, a number below 1, or tasks and towers that do not fit.
+
     Reference:
         Tang et al., "Progressive Layered Extraction (PLE)", RecSys 2020, eq. 1-4 (CGC) and 5-6.
     """
@@ -194,6 +229,7 @@ class PLE(_Network):
     counts = ("shared experts", "experts of each task")
 
     def body(self, x):
+        """Returns what the towers read, [T, B, W], and info, of x [B, d]."""
         number = len(self.tasks)
         own_input, shared_input = x, x
         info: dict[str, Any] = {"experts": {}, "gates": {}, "shared_gates": {}}

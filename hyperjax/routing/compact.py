@@ -171,7 +171,19 @@ def compact(model: SNR, variables: Mapping[str, Any]) -> Compacted:
         The compact network.
 
     Raises:
-        ValueError: a task has lost its last path to the input, the gates depend on the sample, or there are none.
+        ValueError: a task has lost its last path to the input, the gates depend on the sample, there are none, or the
+            variables are of another network.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> model = hj.SNR(levels=((8, 8), (8, 8)), tasks={"income": hj.routing.Binary(), "job": hj.routing.Binary()})
+        >>> params = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 10)))["params"]
+        >>> log_alpha = params["towers"]["log_alpha"]  # [tasks, sub-networks]
+        >>> params["towers"]["log_alpha"] = log_alpha.at[:, 1].set(-9.0)  # no task reads the second sub-network
+        >>> small = hj.compact(model, {"params": params})
+        >>> small.connections, small.subnetworks  # before and after
+        ((8, 4), (4, 3))
     """
     paths = trace(model, variables)
     if paths.lost:
@@ -217,6 +229,9 @@ def lost_tasks(model: SNR, variables: Mapping[str, Any]) -> list[str]:
 
     Returns:
         Their names.
+
+    Raises:
+        ValueError: the gates depend on the sample, there are none, or the variables are of another network.
     """
     return trace(model, variables).lost
 

@@ -36,6 +36,15 @@ class HardConcrete:
     Reference:
         Louizos et al. (2018). Ma et al., "SNR" (AAAI 2019) searched beta in [0.5, 0.9], gamma in [-1, -0.1] and zeta
         in [1.1, 2].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> gates = hj.HardConcrete(open=0.9)
+        >>> gates.deterministic(jnp.array([-3.0, 0.0, 3.0])).round(3).tolist()  # as served: closed, half open, open
+        [0.0, 0.5, 1.0]
+        >>> round(float(gates.l0(gates.start())), 3)
+        0.9
     """
 
     beta: Any = estimators.BETA

@@ -46,6 +46,18 @@ class SNR(nn.Module):
 
     Reference:
         Ma et al., "SNR: Sub-network routing for flexible parameter sharing in multi-task learning" (AAAI 2019).
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import hyperjax as hj
+        >>> tasks = {"income": hj.routing.Binary(), "job": hj.routing.MultiClass(5)}
+        >>> model, x = hj.SNR(levels=((8, 8, 8), (8, 8, 8)), tasks=tasks), jnp.ones((4, 10))
+        >>> variables = jax.jit(model.init)(jax.random.key(0), x)
+        >>> outputs, info = jax.jit(model.apply)(variables, x, jax.random.key(1))
+        >>> {name: logits.shape for name, logits in outputs.items()}
+        {'income': (4,), 'job': (4, 5)}
+        >>> round(float(info["l0"]), 3)  # 3 x 3 + 2 x 3 gates, each open with probability 0.9 at the start
+        13.5
     """
 
     levels: Sequence[Sequence[int | Sequence[int]]]

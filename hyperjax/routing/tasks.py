@@ -61,21 +61,36 @@ class Binary(Task):
 
     @property
     def shape(self):
+        """(): one logit."""
         return ()
 
     def loss(self, logits, labels):
+        """The cross entropy of each sample, [B] float32."""
         return optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), labels.astype(jnp.float32))
 
     def problem(self, labels):
+        """What is wrong with labels, or None: one is neither 0 nor 1."""
         return _outside(labels, 1)
 
     def scores(self, logits, labels):
+        """`auc`, the area under the ROC curve.
+
+        Raises:
+            ValueError: all labels are equal.
+        """
         return {"auc": _auc(logits, labels)}
 
 
 @dataclasses.dataclass(frozen=True)
 class MultiClass(Task):
-    """One of K classes. Logits [B, K]; labels [B] integers in [0, K)."""
+    """One of K classes. Logits [B, K]; labels [B] integers in [0, K).
+
+    Attributes:
+        classes: K, 2 or more.
+
+    Raises:
+        ValueError: fewer than 2 classes.
+    """
 
     classes: int
 
@@ -85,25 +100,37 @@ class MultiClass(Task):
 
     @property
     def shape(self):
+        """(K,), a logit for each class."""
         return (self.classes,)
 
     def loss(self, logits, labels):
+        """The cross entropy of each sample, [B] float32."""
         labels = labels.astype(jnp.int32) if labels.dtype == bool else labels
         return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
 
     def label_shape(self, rows):
+        """(rows,): an integer for each sample."""
         return (rows,)
 
     def problem(self, labels):
+        """What is wrong with labels, or None: one is not in [0, K)."""
         return _outside(labels, self.classes - 1)
 
     def scores(self, logits, labels):
+        """`accuracy`: the share of samples whose largest logit is that of their class."""
         return {"accuracy": float(np.mean(np.argmax(logits, -1) == labels))}
 
 
 @dataclasses.dataclass(frozen=True)
 class MultiLabel(Task):
-    """Any of K labels at once. Logits [B, K]; labels [B, K] of 0 and 1. The loss is the mean over the labels."""
+    """Any of K labels at once. Logits [B, K]; labels [B, K] of 0 and 1. The loss is the mean over the labels.
+
+    Attributes:
+        labels: K, 1 or more.
+
+    Raises:
+        ValueError: fewer than 1 label.
+    """
 
     labels: int
 
@@ -113,21 +140,36 @@ class MultiLabel(Task):
 
     @property
     def shape(self):
+        """(K,), a logit for each label."""
         return (self.labels,)
 
     def loss(self, logits, labels):
+        """The mean cross entropy over the labels of each sample, [B] float32."""
         return optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), labels.astype(jnp.float32)).mean(-1)
 
     def problem(self, labels):
+        """What is wrong with labels, or None: one is neither 0 nor 1."""
         return _outside(labels, 1)
 
     def scores(self, logits, labels):
+        """`auc`, the mean over the labels.
+
+        Raises:
+            ValueError: a label is equal in all samples.
+        """
         return {"auc": float(np.mean([_auc(logits[:, k], labels[:, k]) for k in range(self.labels)]))}
 
 
 @dataclasses.dataclass(frozen=True)
 class Regression(Task):
-    """Real numbers. Outputs and labels [B], or [B, K] with `targets=K`. The loss is the squared error, mean over K."""
+    """Real numbers. Outputs and labels [B], or [B, K] with `targets=K`. The loss is the squared error, mean over K.
+
+    Attributes:
+        targets: K, 1 or more; None for a single number.
+
+    Raises:
+        ValueError: fewer than 1 target.
+    """
 
     targets: int | None = None
 
@@ -137,17 +179,25 @@ class Regression(Task):
 
     @property
     def shape(self):
+        """(), or (K,) of K targets."""
         return () if self.targets is None else (self.targets,)
 
     def loss(self, logits, labels):
+        """The squared error of each sample, [B] float32, the mean over its targets."""
         error = jnp.square(logits.astype(jnp.float32) - labels.astype(jnp.float32))
         return error if self.targets is None else error.mean(-1)
 
     def problem(self, labels):
+        """What is wrong with labels, or None: one is not finite."""
         bad = labels[~np.isfinite(labels)]
         return f"{bad.flat[0]}, expected finite numbers" if bad.size else None
 
     def scores(self, logits, labels):
+        """`mse`, and `r2`, the coefficient of determination: means over the targets.
+
+        Raises:
+            ValueError: a target is equal in all samples.
+        """
         labels = np.asarray(labels, np.float64)
         if not np.all(np.ptp(labels, 0)):
             raise ValueError(
@@ -219,6 +269,9 @@ def task_losses(tasks: Mapping[str, Task], outputs: Mapping[str, Any], labels: M
 
 def task_scores(tasks: Mapping[str, Task], outputs: Mapping[str, Any], labels: Mapping[str, Any]) -> dict[str, float]:
     """Scores of a split by "TASK_SCORE", as in "income_auc"; arguments as of `task_losses`, over the whole split.
+
+    Returns:
+        Numbers by "TASK_SCORE"; the scores of each kind of task are those of its `scores`.
 
     Raises:
         ValueError: as `task_losses`; or a task has no AUC or R2, because all its labels are equal.

@@ -11,6 +11,16 @@ Layers of Transformers, from scratch by `Maps.same(cycle(12, 3)).on(config)`, or
     cost = medoid(1 - cka_matrix(layer_features(model.apply(variables, tokens))))
     maps = Maps.same(contiguous(cost, layers=12, groups=4))
     tied, params = convert(model, variables["params"], maps, tokens, through=LowRank(16))
+
+Example:
+    >>> import jax.numpy as jnp
+    >>> from hyperjax import budget, sharing, transformer
+    >>> sharing.cycle(6, 3)  # three passes over two sets of weights
+    (0, 1, 0, 1, 0, 1)
+    >>> config = transformer.Config(vocabulary=98, layers=6, width=128, heads=4, ffn=512)
+    >>> shared = sharing.Maps.same(sharing.cycle(6, 3)).on(config)
+    >>> [budget.count_parameters(transformer.Decoder(c), jnp.zeros((1, 4), int)) for c in (config, shared)]
+    [1206400, 419968]
 """
 
 from hyperjax.sharing.bert import Bert, BertConfig

@@ -97,14 +97,30 @@ def selected(layer_map: LayerMap, transfer: str) -> dict[int, int]:
 
 
 def stepwise(layers: int, sets: int) -> tuple[int, ...]:
-    """The layers to keep of L if U are wanted, the first and last among them: round(u (L - 1) / (U - 1))."""
+    """The layers to keep of L if U are wanted, the first and last among them: round(u (L - 1) / (U - 1)).
+
+    Raises:
+        ValueError: fewer than 1 set, or more than there are layers.
+    """
     if not 1 <= sets <= layers:
         raise ValueError(f"{sets} sets of {layers} layers, expected 1 to {layers}")
     return tuple(round(u * (layers - 1) / max(1, sets - 1)) for u in range(sets))
 
 
 def align_groups(params: Any, maps: Maps, prefix: str = "stack/") -> Any:
-    """The same network, heads and hidden units of each group's layers in the order of its first."""
+    """The same network, heads and hidden units of each group's layers in the order of its first.
+
+    Args:
+        params: of the network.
+        maps: which layers share.
+        prefix: of the layers' paths.
+
+    Returns:
+        As `params`.
+
+    Raises:
+        ValueError: layers of a group differ in size, or have other weights than attention and feed-forward networks.
+    """
     flat = flatten_dict(params, sep="/")
     for kind, layer_map in maps._asdict().items():
         if layer_map is None or kind == "norm":
@@ -121,6 +137,14 @@ def soft_tie(params: Any, maps: Maps, prefix: str = "stack/") -> Array:
 
     Added to the loss with a weight that rises, as `optax.linear_schedule(0, w, steps)`, it leads an untied network to
     where tying it changes nothing.
+
+    Args:
+        params: of the untied network.
+        maps: which layers shall share.
+        prefix: of the layers' paths.
+
+    Returns:
+        A scalar, differentiable in `params`; 0 where the layers of each group are equal.
     """
     flat = flatten_dict(params, sep="/")
     apart, whole = jnp.zeros(()), jnp.zeros(())

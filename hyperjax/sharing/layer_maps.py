@@ -46,13 +46,20 @@ class Maps(NamedTuple):
 
 
 def identity(layers: int) -> LayerMap:
-    """No sharing: 0 1 2 3."""
+    """No sharing: 0 1 2 3.
+
+    Raises:
+        ValueError: fewer than 1 layer.
+    """
     _check(layers)
     return tuple(range(layers))
 
 
 def all_shared(layers: int) -> LayerMap:
     """One set of weights: 0 0 0 0.
+
+    Raises:
+        ValueError: fewer than 1 layer.
 
     Reference: Lan et al., "ALBERT" (2020), section 3.1.
     """
@@ -62,6 +69,9 @@ def all_shared(layers: int) -> LayerMap:
 
 def groups(layers: int, number: int) -> LayerMap:
     """G groups of neighbours, as equal as can be, floor(l G / L): 0 0 1 1 2 2.
+
+    Raises:
+        ValueError: fewer than 1 group, or more than there are layers.
 
     Reference: ALBERT's `num_hidden_groups`.
     """
@@ -74,6 +84,9 @@ def groups(layers: int, number: int) -> LayerMap:
 def sequence(layers: int, loops: int) -> LayerMap:
     """Each set of weights N times in a row, floor(l / N): 0 0 1 1 2 2.
 
+    Raises:
+        ValueError: fewer than 1 layer, or loops that do not divide the layers.
+
     Reference: Takase, Kiyono, "Lessons on Parameter Sharing across Layers in Transformers" (2021), section 2.
     """
     _check(layers, loops)
@@ -83,6 +96,9 @@ def sequence(layers: int, loops: int) -> LayerMap:
 def cycle(layers: int, loops: int) -> LayerMap:
     """All sets of weights, N times over, l mod (L / N): 0 1 2 0 1 2.
 
+    Raises:
+        ValueError: fewer than 1 layer, or loops that do not divide the layers.
+
     Reference: Takase, Kiyono (2021), section 2; Bae et al., "Relaxed Recursive Transformers" (2024).
     """
     _check(layers, loops)
@@ -91,6 +107,9 @@ def cycle(layers: int, loops: int) -> LayerMap:
 
 def middle_cycle(layers: int, loops: int) -> LayerMap:
     """The first and last layer private, a cycle between them: 0 1 2 1 2 5.
+
+    Raises:
+        ValueError: fewer than 3 layers, or loops that do not divide those between the first and last.
 
     Reference: Bae et al., "Mixture-of-Recursions" (2025), the best map from scratch there.
     """
@@ -103,6 +122,9 @@ def middle_cycle(layers: int, loops: int) -> LayerMap:
 
 def cycle_reverse(layers: int, loops: int) -> LayerMap:
     """A cycle whose last pass runs backwards: 0 1 2 2 1 0.
+
+    Raises:
+        ValueError: fewer than 1 layer, or loops that do not divide the layers.
 
     Reference: Takase, Kiyono (2021), section 2.
     """

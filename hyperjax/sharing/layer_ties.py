@@ -23,6 +23,9 @@ def layer_ties(maps: Maps, through: Map | None = None, prefix: str = "stack/") -
             layers of a group are its first.
         prefix: of the paths of the layers' parameters.
 
+    Returns:
+        The ties, for `tie`.
+
     Raises:
         ValueError: a map points to a layer that is not there.
     """
@@ -44,6 +47,9 @@ def decoder_on_encoder(encoder: Config, decoder: Config) -> list[Tie]:
     """Ties of an `EncoderDecoder`: decoder layer l has self-attention and feed-forward network of an encoder layer.
 
     It is layer l modulo their number; attention to the encoder and norms stay the decoder's.
+
+    Returns:
+        The ties, for `tie`.
 
     Raises:
         ValueError: their sizes differ.
@@ -67,6 +73,12 @@ def one_wide_ffn(encoder: Config, decoder: Config, share: float = 1.0) -> tuple[
     Args:
         encoder, decoder: as they were, with a network in each layer.
         share: its hidden units as a share of all those together; 1 keeps the number of parameters.
+
+    Returns:
+        Both configs, encoder first.
+
+    Raises:
+        ValueError: a share outside (0, 1].
 
     Reference: Pessoa Pires et al., "One Wide Feedforward is All You Need" (2023), section 3.
     """

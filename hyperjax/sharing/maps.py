@@ -31,6 +31,11 @@ class LowRank(nn.Module):
 
     @nn.compact
     def __call__(self, theta: Array) -> Array:
+        """Returns theta + A B, of the shape of theta.
+
+        Raises:
+            ValueError: a rank below 1.
+        """
         if theta.ndim < 2:
             return theta + self.param("b", nn.initializers.zeros, theta.shape)
         rows, columns = matrix_shape(theta.shape)
@@ -60,6 +65,7 @@ class Scale(nn.Module):
 
     @nn.compact
     def __call__(self, theta: Array) -> Array:
+        """Returns theta with each column times its factor, of the shape of theta."""
         columns = matrix_shape(theta.shape)[1]
         return scaled(theta, self.param("scale", nn.initializers.ones, (columns,)))
 
@@ -85,6 +91,11 @@ class ByEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, theta: Array) -> Array:
+        """Returns theta * (1 + D z), of the shape of theta.
+
+        Raises:
+            ValueError: a width below 1.
+        """
         if self.width < 1:
             raise ValueError(f"width is {self.width}, expected a whole number from 1")
         columns = matrix_shape(theta.shape)[1]

@@ -58,6 +58,9 @@ class Mixture(nn.Module):
 
         Returns:
             As the network's own call; and `gates` [B, L, K], which sum to 1 over K.
+
+        Raises:
+            ValueError: as its class says.
         """
         self._check(tokens)
         c, (layers, number) = self.config, (self.config.layers, self.bases)

@@ -20,13 +20,21 @@ Cost = Callable[[Group], float]
 
 
 def medoid(distances: np.ndarray) -> Cost:
-    """Distances [L, L] of a group's layers from the one of them that is nearest to all: what *selecting* it costs."""
+    """Distances [L, L] of a group's layers from the one of them that is nearest to all: what *selecting* it costs.
+
+    Raises:
+        ValueError: the distances are no square matrix of finite numbers.
+    """
     d = _square(distances)
     return lambda group: float(d[np.ix_(group, group)].sum(0).min())
 
 
 def mean_pair(distances: np.ndarray) -> Cost:
-    """A group's size times the mean distance between its layers."""
+    """A group's size times the mean distance between its layers.
+
+    Raises:
+        ValueError: the distances are no square matrix of finite numbers.
+    """
     d = _square(distances)
     return lambda group: float(d[np.ix_(group, group)].sum()) / max(1, len(group) - 1)
 
@@ -44,7 +52,12 @@ def residual(layers: Sequence[np.ndarray]) -> Cost:
 
 
 def measured(evaluate: Callable[[LayerMap], float], layers: int) -> Cost:
-    """The loss with that group alone sharing, less the loss with no sharing: `evaluate` gets a layer map."""
+    """The loss with that group alone sharing, less the loss with no sharing: `evaluate` gets a layer map.
+
+    Args:
+        evaluate: layer map -> loss.
+        layers: L.
+    """
     base = functools.cache(lambda: float(evaluate(tuple(range(layers)))))
 
     @functools.cache
@@ -74,7 +87,7 @@ def contiguous(cost: Cost, layers: int, groups: int, private: Sequence[int] = ()
         The map; a group's number is its first layer's.
 
     Raises:
-        ValueError: there are more groups than layers, or fewer than private layers leave.
+        ValueError: there are more groups than layers or fewer than private layers leave, or a private layer is unknown.
     """
     _check(layers, groups, private, True)
     alone, price = set(private), functools.cache(lambda i, j: float(cost(tuple(range(i, j)))))
@@ -101,6 +114,12 @@ def greedy(cost: Cost, layers: int, groups: int, private: Sequence[int] = (), ne
     Args:
         cost, layers, groups, private: as of `contiguous`.
         neighbours: merge only groups of neighbouring layers.
+
+    Returns:
+        The map; a group's number is its first layer's.
+
+    Raises:
+        ValueError: there are more groups than layers or fewer than private layers leave, or a private layer is unknown.
     """
     _check(layers, groups, private, neighbours)
     found: list[Group] = [(l,) for l in range(layers)]
@@ -124,6 +143,9 @@ def most_sets(count: Callable[[int], int], layers: int, budget: int) -> int:
         count: number of sets, 1 to L -> number of the network's unique parameters, rising.
         layers: L.
         budget: number of parameters.
+
+    Returns:
+        The number, 1 to L.
 
     Raises:
         ValueError: the budget is below the smallest possible, one set.

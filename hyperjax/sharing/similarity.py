@@ -39,7 +39,11 @@ def linear_cka(x_ND: Array, y_NE: Array) -> Array:
 
 
 def cka_matrix(features: Sequence[Array]) -> np.ndarray:
-    """`linear_cka` of all pairs, [L, L]; features [..., D] of equally many samples each."""
+    """`linear_cka` of all pairs, [L, L]; features [..., D] of equally many samples each.
+
+    Raises:
+        ValueError: there are no features.
+    """
     if not features:
         raise ValueError("there are no features, expected those of one layer or more")
     return np.asarray(_cka_matrix([jnp.reshape(f, (-1, f.shape[-1])) for f in features]))
@@ -59,6 +63,9 @@ def layer_features(out: Mapping[str, Any], kind: str = "state") -> list[Array]:
         out: what `model.apply` returned.
         kind: "state" after the layer, or its sub-layer's update, "attention" or "ffn".
 
+    Returns:
+        By layer, [B, L, D].
+
     Raises:
         ValueError: a layer has none of that kind.
     """
@@ -69,7 +76,11 @@ def layer_features(out: Mapping[str, Any], kind: str = "state") -> list[Array]:
 
 
 def layers_of(params: Any, kind: str, prefix: str = "stack") -> list[Any]:
-    """The weights of each layer, in order, from a Transformer's parameters; `kind` is "attention" or "ffn"."""
+    """The weights of each layer, in order, from a Transformer's parameters; `kind` is "attention" or "ffn".
+
+    Raises:
+        ValueError: there are none of that kind under the prefix.
+    """
     stack = params
     for name in filter(None, prefix.split("/")):
         stack = stack.get(name, {})
@@ -89,6 +100,12 @@ def align(layer: Any, to: Any) -> Any:
     Args:
         layer: weights of an `Attention` or a `FeedForward`.
         to: of the other, of equal sizes.
+
+    Returns:
+        As `layer`.
+
+    Raises:
+        ValueError: weights of another kind, or sizes that differ.
 
     Reference: Ainsworth et al., "Git Re-Basin" (2023), section 3.2, for one layer.
     """
@@ -111,6 +128,9 @@ def weight_distances(layers: Sequence[Any], aligned: bool = False) -> np.ndarray
     Args:
         layers: weights of each, as `layers_of` finds them, of equal shapes.
         aligned: after `align`.
+
+    Raises:
+        ValueError: layers have different sizes.
     """
     flat = [_flat(layer) for layer in layers]
     norms = [float(np.linalg.norm(f)) for f in flat]

@@ -153,8 +153,22 @@ def tie(module: nn.Module, ties: Sequence[Tie], *inputs: Any, **keyword_inputs: 
         ties: what is made from what.
         *inputs, **keyword_inputs: example inputs of the module, for the shapes of its parameters.
 
+    Returns:
+        The tied network.
+
     Raises:
         ValueError: a pattern fits nothing, a parameter is tied twice or in a circle, or shapes do not fit.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> from hyperjax import sharing
+        >>> model, x = nn.Sequential([nn.Dense(8, use_bias=False), nn.Dense(4, use_bias=False)]), jnp.ones((1, 4))
+        >>> tied = sharing.tie(model, [sharing.Tie("layers_1/kernel", to="layers_0/kernel", through=jnp.transpose)], x)
+        >>> variables = tied.init(jax.random.key(0), x)
+        >>> jax.tree.map(jnp.shape, variables["params"])  # its gradient is the sum over both uses
+        {'layers_0': {'kernel': (4, 8)}}
+        >>> tied.apply(variables, x).shape
+        (1, 4)
     """
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs, **keyword_inputs))
     flat = flatten_dict(shapes.get("params", {}), sep="/")

@@ -130,6 +130,9 @@ def memory(step: Callable[..., Any], params: Any, opt_state: Any, *args: Any) ->
     Args:
         step: step(params, opt_state, *args), under `jit` or not.
         params, opt_state, *args: arrays or their shapes.
+
+    Returns:
+        Bytes.
     """
     compiled = (step if hasattr(step, "lower") else jax.jit(step)).lower(params, opt_state, *args).compile()
     found: Any = compiled.memory_analysis()

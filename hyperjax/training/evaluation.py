@@ -47,8 +47,11 @@ def make_evaluate(
     Returns:
         evaluate(params, carry, windows) -> Evaluation. The leaves of `carry` are [B, ...] and hold the state that
         the split starts from; `windows` holds `inputs`, `targets` and `mask`, each [n, B, T], where stream b goes on
-        where stream b - 1 ends. Raises ValueError if padding stands anywhere but at the end of the split, or if
-        windows and carry disagree about B.
+        where stream b - 1 ends.
+
+    Raises:
+        ValueError: from evaluate: padding stands anywhere but at the end of the split, or windows and carry disagree
+            about B.
     """
 
     @jax.jit

@@ -43,6 +43,9 @@ def stopping() -> Iterator[None]:
     """Turns what stops a run into a line, the command that resumes it, and an exit status.
 
     0 after SIGTERM, 130 after Ctrl-C, 1 for `NonFinite` and where the disk is full or cannot be written.
+
+    Raises:
+        SystemExit: with that status.
     """
     resume = f"to resume: {shlex.join(['python', *sys.argv])}"
     with contextlib.ExitStack() as stack:

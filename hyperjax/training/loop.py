@@ -25,7 +25,12 @@ Array = jax.Array
 
 
 def seconds(resumed: dict[str, Any], started: float) -> float:
-    """How long a run has taken: its earlier processes up to the checkpoint, and this one since `started`."""
+    """How long a run has taken: its earlier processes up to the checkpoint, and this one since `started`.
+
+    Args:
+        resumed: the `meta` of the checkpoint it goes on from, {} of none.
+        started: `time.perf_counter()` at the start of this process.
+    """
     return resumed.get("seconds", 0.0) + time.perf_counter() - started
 
 

@@ -67,6 +67,9 @@ def make_mesh(text: str, devices: list | None = None) -> Mesh:
         text: such as `data=4,model=2`. Neighbours along `model`, which exchange parameters, are so in `devices`.
         devices: those to choose from, by default all of all processes.
 
+    Returns:
+        The mesh, with the axes `data` and `model`.
+
     Raises:
         ValueError: the text cannot be read, or names more devices than there are, or not those of all processes.
     """

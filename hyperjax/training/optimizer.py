@@ -74,11 +74,26 @@ def average_params(optimizer: optax.GradientTransformation, decay: float) -> opt
 
 
 def averaged_params(opt_state: Any, params: Any) -> Any:
-    """The mean that `average_params` keeps as the outermost wrapper but for a scaled loss, or else `params`."""
+    """The mean that `average_params` keeps as the outermost wrapper but for a scaled loss, or else `params`.
+
+    Args:
+        opt_state: state of the optimizer.
+        params: the parameters themselves.
+
+    Returns:
+        As `params`.
+    """
     opt_state = opt_state.inner if isinstance(opt_state, ScaledState) else opt_state
     return opt_state.mean if isinstance(opt_state, AveragedState) else params
 
 
 def matrices(params: Any) -> Any:
-    """True for parameters of two axes or more: what weight decay shrinks, unlike biases and gains."""
+    """True for parameters of two axes or more: what weight decay shrinks, unlike biases and gains.
+
+    Args:
+        params: pytree of arrays.
+
+    Returns:
+        A pytree of bools, for the `mask` of Optax.
+    """
     return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)

@@ -24,6 +24,10 @@ class Rotary(NamedTuple):
 
     Made once for all layers, and where positions are known beforehand, before the program runs: sines are dear, and XLA
     would fuse them into every layer and compute them anew for each head.
+
+    Attributes:
+        cos: cosines.
+        sin: sines.
     """
 
     cos: Array | np.ndarray
@@ -68,6 +72,8 @@ class Attention(nn.Module):
         width: D of what goes in and comes out.
         causal: whether a query sees no key behind it; by order, not by position.
         dtype: of the products.
+
+    Reference: Vaswani et al., "Attention Is All You Need" (2017), section 3.2.
     """
 
     heads: int
@@ -152,6 +158,8 @@ class FeedForward(nn.Module):
         width: D of what goes in and comes out.
         activation: "gelu" or "swiglu".
         dtype: of the products.
+
+    Reference: Shazeer, "GLU Variants Improve Transformer" (2020), section 2, for SwiGLU.
     """
 
     hidden: int
@@ -165,7 +173,11 @@ class FeedForward(nn.Module):
         self.down = self.param("down", INIT(), (self.hidden, self.width))
 
     def __call__(self, x_BLD: Array, gates: Any = None) -> Array:
-        """Computes [B, L, D] from [B, L, D]; gates of blocks [N], [B, N] or [B, L, N], or a `Dispatch`."""
+        """Computes [B, L, D] from [B, L, D]; gates of blocks [N], [B, N] or [B, L, N], or a `Dispatch`.
+
+        Raises:
+            ValueError: the blocks do not divide the hidden units.
+        """
         if isinstance(gates, Dispatch):
             return self._dispatched(x_BLD, gates)
         u_BLF = self._activate(*(x_BLD @ kernel.astype(self.dtype) for kernel in self._kernels()))
@@ -208,8 +220,13 @@ def rotate(x_BLHK: Array, rotary: Rotary) -> Array:
         x_BLHK: queries or keys [B, L, H, K], K even.
         rotary: the angles, of these positions and this K.
 
+    Returns:
+        [B, L, H, K].
+
     Reference:
         Su et al., "RoFormer: Enhanced transformer with rotary position embedding" (2021), section 3.2.
+
+    Reference: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), section 3.4.2.
     """
     half = x_BLHK.shape[-1] // 2
     cos, sin = (angles[:, :, None] for angles in rotary)

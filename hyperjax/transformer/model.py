@@ -48,6 +48,9 @@ class _Transformer(nn.Module):
             used: number of positions before them.
             key: PRNG key of dropout.
             room: positions in the cache, if there is one.
+
+        Raises:
+            ValueError: tokens are no whole numbers [B, L] of the vocabulary, or longer than the table of positions.
         """
         check_tokens(tokens, self.config.vocabulary)
         rotary = None
@@ -82,6 +85,7 @@ class Encoder(_Transformer):
 
     Attributes:
         config: sizes.
+        cross: of decoders; False.
     """
 
     def __call__(
@@ -211,6 +215,9 @@ class EncoderDecoder(nn.Module):
     Attributes:
         encoder: sizes of the encoder; without outputs.
         decoder: sizes of the decoder, of equal width.
+
+    Raises:
+        ValueError: the widths differ, or the encoder has outputs; when it is called.
     """
 
     encoder: Config
@@ -239,6 +246,9 @@ class EncoderDecoder(nn.Module):
 
         Returns:
             The decoder's results, and under `encoder` the encoder's.
+
+        Raises:
+            ValueError: as `Encoder` and `Decoder`.
         """
         first, rest = (None, None) if key is None else tuple(jax.random.split(key))
         encoded = self.encode(source, mask=mask, gates=encoder_gates, key=first)

@@ -20,7 +20,13 @@ Decide = Callable[[int, Array], Gates | None]  # number of a layer and the state
 
 
 class LayerCache(NamedTuple):
-    """What a layer keeps of earlier positions: keys and values [B, S, H, K], and whether each took part, [B, S]."""
+    """What a layer keeps of earlier positions: keys and values [B, S, H, K], and whether each took part, [B, S].
+
+    Attributes:
+        keys: [B, S, H, K].
+        values: [B, S, H, K].
+        present: [B, S], whether each took part.
+    """
 
     keys: Array
     values: Array
@@ -106,7 +112,11 @@ class Stack(nn.Module):
     def __call__(
         self, x_BLD: Array, context: Context, gates: Gates | Decide | None = None, cache: tuple | None = None
     ) -> tuple[Array, list[dict[str, Array]], tuple]:
-        """Runs all layers: the state [B, L, D], what each layer did, and its cache."""
+        """Runs all layers: the state [B, L, D], what each layer did, and its cache.
+
+        Raises:
+            ValueError: gates of another number of layers, or that do not fit.
+        """
         done, kept = [], []
         if gates is not None and not callable(gates):
             check_stacked(gates, self.config.layers)
@@ -122,7 +132,11 @@ class Stack(nn.Module):
     def layer(
         self, number: int, x_BLD: Array, context: Context, gates: Gates, cache: LayerCache | None = None
     ) -> tuple[Array, dict[str, Array], LayerCache | None]:
-        """One layer: the state after it [B, L, D], its sub-layers' updates by name, and its cache."""
+        """One layer: the state after it [B, L, D], its sub-layers' updates by name, and its cache.
+
+        Raises:
+            ValueError: gates do not fit, or chosen positions stand beside a cache or a plan for blocks.
+        """
         c = self.config
         cross = c.cross_heads_by_layer[number] if self.cross else None
         batch, length = x_BLD.shape[:2]
