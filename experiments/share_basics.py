@@ -143,8 +143,11 @@ def cosine(case: Case, variant: str, net: Tied, params: Any) -> float | None:
 
     Uses without a gradient, as that of channels that are only lent, count for nothing.
     """
+    if not net.uses:
+        return None
     batch = case.batch_at(0)
 
+    @jax.jit
     def loss(full: Any) -> jax.Array:
         return case.variants[variant].loss(partial(net.module.apply, {"params": full}), batch)
 

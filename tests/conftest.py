@@ -10,9 +10,12 @@ from jax.experimental.compilation_cache import compilation_cache
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))  # tests of scripts import them by name
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Tests compile much and compute little. This spares LLVM's passes; those of XLA, with its fusions and layouts, all run.
+# Tests compile much and compute little. This spares LLVM's passes, and MLIR's, through which code for fusions goes on
+# CPUs by default; the passes of XLA, with its fusions and layouts, all run.
 jax.config.update("jax_disable_most_optimizations", True)
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # scripts that tests start must give the same numbers, to the bit
+CHEAP = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+os.environ["XLA_FLAGS"] = f"{CHEAP} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -25,11 +25,15 @@ WORKER = Path(__file__).with_name("mesh_worker.py")
 
 
 def start(folder, steps, devices, *options, variables=()):
-    environment = {**os.environ, **dict(variables), "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment = {**os.environ, **dict(variables), "XLA_FLAGS": flags(devices)}
     environment |= {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled")}
     environment |= {"JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, WORKER, folder, str(steps), *options]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def flags(devices):
+    return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
 
 
 def together(folder, steps, devices, mesh, number):
@@ -172,7 +176,7 @@ def test_refuses_devices_that_are_not_there_and_rows_that_cannot_be_split():
 
 def test_a_script_says_in_a_line_what_cannot_be_laid_out(tmp_path):
     script = WORKER.parents[1] / "experiments" / "char_lm.py"
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = {**os.environ, "XLA_FLAGS": flags(4)}
     for mesh, batch, line in (
         ("data=4", "6", "error: batch is 6, expected a multiple of the 4 devices of the mesh; change either\n"),
         ("data=8", "8", "error: mesh is 'data=8', 8 devices, but there are 4; change --mesh"),
