@@ -8,23 +8,44 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.S | re.M)
+PAGES = {"README.md": (12, 30, 30, 30), "hyperjax/README.md": (12,) * 5}  # the longest that each example may be
+COLAB = "https://colab.research.google.com/github/hyperjax/hyperjax/blob/main/"
 
 
-@pytest.mark.parametrize("number", range(5))
-def test_the_readme_examples_run(number, capsys):
-    example = blocks("python")[number]
-    assert len(example.splitlines()) <= 12
-    exec(compile(example, "README.md", "exec"), {})
+def blocks(language, page="README.md"):
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.S | re.M)
+
+
+@pytest.mark.parametrize(("page", "number"), [(page, n) for page, most in PAGES.items() for n in range(len(most))])
+def test_the_examples_run(page, number, capsys):
+    example = blocks("python", page)[number]
+    assert len(example.splitlines()) <= PAGES[page][number]
+    exec(compile(example, page, "exec"), {})
     assert capsys.readouterr().out.strip()
 
 
-def test_every_readme_example_is_tested():
-    assert len(blocks("python")) == 5
+def test_every_example_is_tested():
+    pages = [path.relative_to(ROOT).as_posix() for path in (ROOT / "README.md", *ROOT.glob("*/README.md"))]
+    found = {page: len(blocks("python", page)) for page in pages}
+    assert {page: number for page, number in found.items() if number} == {p: len(most) for p, most in PAGES.items()}
+
+
+def anchors(path):
+    titles = re.findall(r"^#+ (.*)", path.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", ["README.md", "hyperjax/README.md", "experiments/README.md"])
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text(encoding="utf-8"))
+    assert links or page == "hyperjax/README.md"
+    for link in links:
+        path, _, title = link.removeprefix(COLAB).partition("#")
+        there = (ROOT if link.startswith(COLAB) else (ROOT / page).parent) / path
+        assert there.exists(), link
+        assert not title or title in anchors(there), link
 
 
 def test_the_readme_opens_with_the_two_commands():

@@ -203,6 +203,9 @@ def embedding_prior(z: Array, std: Any = 1.0) -> Array:
 
     Returns:
         The mean over embeddings of |z|^2 / (2 std^2), which is -log p(z) up to a constant.
+
+    Raises:
+        ValueError: z is no array of floats [..., E], or std is not one number above 0.
     """
     z = jnp.asarray(z)
     if not z.ndim or not jnp.issubdtype(z.dtype, jnp.floating):

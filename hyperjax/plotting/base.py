@@ -18,7 +18,7 @@ from hyperjax.training.metrics import write_bytes
 # Okabe and Ito's colours, which the colour-blind can tell apart, and that stand out on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#332288")
 MARKERS = "osD^vPX*"
-STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
+STYLE: Any = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
 INK, GREY, PALE = "#333333", "#9a9a9a", "#f4f4f4"
 
 

@@ -1,19 +1,36 @@
 """Ways to turn a router's logits into gates: drawn with a key in training, fixed without one.
 
-Each has `gates(key, logits, temperature)`, what multiplies or selects; and `open(logits)`, 0 or 1 as it is served, with
-the gradient of the probability to be open: what to steer to a budget. U units along the last axis.
+`Choice` is what a network asks of them. U units along the last axis.
 """
 
 import dataclasses
 import math
 import numbers
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
 from hyperjax import estimators
 
 Array = jax.Array
+
+
+@runtime_checkable
+class Choice(Protocol):
+    """What a choice has to have; it must be hashable, as a frozen dataclass is."""
+
+    @property
+    def bias(self) -> float:
+        """The logit to start with."""
+        ...
+
+    def gates(self, key: Array | None, logits: Array, temperature: Any = 1.0) -> Array:
+        """Gates of the shape of the logits [..., U], to multiply or select with: drawn with a key, fixed without."""
+        ...
+
+    def open(self, logits: Array) -> Array:
+        """0 or 1 as it is served, with the gradient of the probability to be open: what to steer to a budget."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,9 +187,6 @@ class TopK:
     def open(self, logits: Array) -> Array:
         """1 where a gate is served open, else 0, with the gradient of the probability to be open."""
         return estimators.top_k_mask(logits, self.number(logits.shape[-1]))
-
-
-Choice = HardConcrete | GumbelSigmoid | Threshold | TopK
 
 
 def _with_gradient(hard: Array, soft: Array) -> Array:

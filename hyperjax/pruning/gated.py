@@ -57,8 +57,10 @@ class Gated(nn.Module):
         c = self.config
         check_per(self.per, self.causal, self.after, c.layers, self.prompt)
         check_sizes(c, self.blocks)
-        if not isinstance(self.choice, Choice):
-            raise ValueError(f"choice is {self.choice!r}, expected one such as GumbelSigmoid()")
+        if isinstance(self.choice, type) or not isinstance(self.choice, Choice):
+            raise ValueError(
+                f"choice is {self.choice!r}, expected one such as GumbelSigmoid(), with bias, gates and open"
+            )
         odd = [name for name in self.prune if name not in PRUNABLE]
         if odd or not self.prune:
             raise ValueError(f"prune is {self.prune}, expected some of {', '.join(PRUNABLE)}")
