@@ -22,10 +22,12 @@
 
 # %%
 import importlib.util
+import os
+import shutil
 
 if importlib.util.find_spec("google.colab"):  # nothing to do elsewhere
-    # %pip install -q git+https://github.com/hyperjax/hyperjax
-    pass
+    extra = "[cuda]" if shutil.which("nvidia-smi") else "[tpu]" if os.path.exists("/dev/accel0") else ""
+    # %pip install -q "hyperjax{extra} @ git+https://github.com/hyperjax/hyperjax"
 
 # %%
 import flax.linen as nn

@@ -24,10 +24,12 @@
 
 # %%
 import importlib.util
+import os
+import shutil
 
 if importlib.util.find_spec("google.colab"):  # nothing to do elsewhere
-    # %pip install -q git+https://github.com/hyperjax/hyperjax
-    pass
+    extra = "[cuda]" if shutil.which("nvidia-smi") else "[tpu]" if os.path.exists("/dev/accel0") else ""
+    # %pip install -q "hyperjax{extra} @ git+https://github.com/hyperjax/hyperjax"
 
 # %%
 import jax
@@ -131,7 +133,8 @@ show(figure)
 # ## The price
 #
 # Each map converts the trained network: a set starts from one of its layers, and is trained on for 100 steps. So is the
-# network as it is; and one with only three layers, which is what half of the parameters could be spent on instead.
+# network as it is. Beside them stands one with only three layers, which is what half of the parameters could be spent on
+# instead: trained from scratch, for as many steps in all.
 
 # %%
 unshared = train(plain, trained, 100, first=220)
@@ -190,6 +193,7 @@ show(figure)
 # ## Exercises
 #
 # 1. Search for two groups, and for four. Where does the price rise?
-# 2. Instead of CKA, search by the distance of weights: `sharing.weight_distances`. Are the groups the same?
+# 2. Instead of CKA, search by the distance of weights: `sharing.medoid(sharing.weight_distances(
+#    sharing.layers_of(trained, "ffn")))`. Are the groups the same?
 # 3. Share attention but not the feed-forward networks: `sharing.Maps(attention=..., ffn=...)`.
 # 4. Leave out the conversion, and train a shared network from scratch for 320 steps. Does the map still matter?

@@ -24,10 +24,12 @@
 
 # %%
 import importlib.util
+import os
+import shutil
 
 if importlib.util.find_spec("google.colab"):  # nothing to do elsewhere
-    # %pip install -q git+https://github.com/hyperjax/hyperjax
-    pass
+    extra = "[cuda]" if shutil.which("nvidia-smi") else "[tpu]" if os.path.exists("/dev/accel0") else ""
+    # %pip install -q "hyperjax{extra} @ git+https://github.com/hyperjax/hyperjax"
 
 # %%
 import jax
@@ -96,7 +98,7 @@ for number, losses in enumerate(found.values()):
     axes.plot([number - 0.2, number + 0.2], [np.mean(losses)] * 2, color=COLORS[1], lw=2)
 axes.set(yscale="log", xlim=(-0.5, 2.5), ylabel="test error of wave (squared)")
 axes.set_xticks(range(len(found)), found)
-axes.set_title('Beside the task "other" the error of "wave" rises (3 seeds, and means)')
+axes.set_title('What the other task costs "wave" (3 seeds, and means)')
 show(plotting.plain(axes).figure)
 
 # %% [markdown]
@@ -198,6 +200,7 @@ show(figure)
 #
 # 1. Give the shared bottom 32 units. Does `other` still cost `wave` anything?
 # 2. Halve and double the price. Is a task lost (`routing.lost_tasks(model, variables)`)? Which?
-# 3. `routing.SNR(..., per="task")` gives each task gates of its own through all levels. What does its picture show?
+# 3. `routing.SNR(..., per="task")` gives each task gates of its own through all levels. What does `plot_routing` show?
+#    (Leave the animation out: it draws one matrix a level.)
 # 4. Train `routing.MMoE(tasks=tasks, experts=4, widths=(32,), towers=(16,))` with `learn`. Which has the smaller errors, and
 #    how many parameters has it?

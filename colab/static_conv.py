@@ -24,10 +24,12 @@
 
 # %%
 import importlib.util
+import os
+import shutil
 
 if importlib.util.find_spec("google.colab"):  # nothing to do elsewhere
-    # %pip install -q git+https://github.com/hyperjax/hyperjax
-    pass
+    extra = "[cuda]" if shutil.which("nvidia-smi") else "[tpu]" if os.path.exists("/dev/accel0") else ""
+    # %pip install -q "hyperjax{extra} @ git+https://github.com/hyperjax/hyperjax"
 
 # %%
 import jax
@@ -205,7 +207,7 @@ show(plotting.plain(axes).figure)
 #
 # ## Exercises
 #
-# 1. Draw both kernels: `("conv", tiles)` as the rule. Which of them can be drawn with `tile=4`, and what is cropped?
-# 2. `hj.LowRank(rank=2)` and `hj.Chunked()` need an embedding of the network. Give `from_target` `embedding_dim=4`,
-#    `num_embeddings=1`, and a rule for the kernel; apply with `task_id=0`. How many weights, and what error?
+# 1. Draw both kernels: `("conv./kernel", tiles)` as the rule. What is cropped of the tiles of the first, which has one input
+#    channel?
+# 2. Give `hj.ConvTiles` `tile=8`: fewer embeddings, larger tiles. How many weights, and what error?
 # 3. Leave out the decay of the learning rate (`0.7`). Which suffers more, the learned or the drawn kernel?

@@ -264,7 +264,7 @@ def draw(matrices: Mapping[str, np.ndarray], names: Sequence[str], path: Path, t
     """Draws the accuracies of the learners side by side."""
     from hyperjax import plotting
 
-    low = 10 * math.floor(10 * min(float(np.nanmin(matrix)) for matrix in matrices.values()))
+    low = min(90, 10 * math.floor(10 * min(float(np.nanmin(matrix)) for matrix in matrices.values())))
     side = 1.4 + 0.42 * max(len(names), 7)
     figure, panels = plotting.subplots(1, len(matrices), (side * len(matrices) + 0.8, side + 0.4), title, squeeze=False)
     for axes, (learner, matrix) in zip(panels[0], matrices.items(), strict=True):

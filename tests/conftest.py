@@ -1,6 +1,7 @@
 """Settings every test runs under: rank promotion is an error, and so is every warning (pyproject.toml)."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +16,28 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # scripts that tests start must give the same numbers, to the bit
 CHEAP = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-os.environ["XLA_FLAGS"] = f"{CHEAP} {os.environ.get('XLA_FLAGS', '')}".strip()
+
+
+def known(flags):
+    """Whether this XLA has the flags; it ends a process that gives it others."""
+    code = "import jax; jax.devices('cpu')"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    return (
+        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False).returncode == 0
+    )
+
+
+if "PYTEST_XDIST_WORKER" not in os.environ and known(CHEAP):  # workers inherit it
+    os.environ["XLA_FLAGS"] = f"{CHEAP} {os.environ.get('XLA_FLAGS', '')}".strip()
+
+
+# What takes minutes goes first, so that no process is left with it when the others have finished.
+LONG = ("test_colab.py", "test_mesh.py", "test_share_layers.py", "test_dynamic_pruning.py", "test_kills.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Sorts modules, and nothing within them."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture(scope="module", autouse=True)

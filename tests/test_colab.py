@@ -31,6 +31,8 @@ def test_a_notebook_is_what_its_text_makes(source):
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_a_notebook_runs(source, monkeypatch):
+    for name in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"):  # as whoever opens it would run it
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
     notebook = made(source)

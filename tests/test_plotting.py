@@ -135,18 +135,61 @@ def test_a_notebook_shows_a_picture_and_nothing_else_does(monkeypatch, axes):
     assert axes.get_title() == "frame 1"
 
 
-def test_save_replaces_a_file_in_one_step(tmp_path, axes):
-    path = tmp_path / "routing.png"
+def test_a_file_that_cannot_be_replaced_stays(tmp_path, axes, monkeypatch):
+    path = tmp_path / "picture.png"
     path.write_text("old")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space left"):
+            plotting.save(axes.figure, path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
     plotting.save(axes.figure, path)
     assert path.read_bytes().startswith(b"\x89PNG")
 
-    class Broken:
-        def savefig(self, file, **_):
-            file.write(b"half")
-            raise RuntimeError("no space")
 
-    with pytest.raises(RuntimeError, match="no space"):
-        plotting.save(Broken(), path)
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert list(tmp_path.iterdir()) == [path]
+def test_groups_are_framed_over_how_alike_layers_are(axes):
+    alike = np.array([[1.0, 0.95, 0.6], [0.95, 1.0, 0.7], [0.6, 0.7, 1.0]])
+    assert plotting.plot_groups(axes, alike, (0, 0, 2)) is axes
+    np.testing.assert_array_equal(axes.images[0].get_array(), alike)
+    assert {(round(box.get_x() + 0.44), round(box.get_y() + 0.44)) for box in axes.patches} == {
+        (0, 0),
+        (0, 1),
+        (1, 0),
+        (1, 1),
+    }
+
+
+def test_networks_have_deviations_and_the_converted_are_filled(axes):
+    points = {"cycle": (100, [2.0, 2.2]), "to_cycle": (100, [1.9]), "random": (50, np.array([2.5]))}
+    assert plotting.plot_networks(axes, points, "parameters", "bits") is axes
+    markers = [held[0] for held in axes.containers]
+    assert [float(marker.get_ydata()[0]) for marker in markers] == pytest.approx([2.1, 1.9, 2.5])
+    assert [marker.get_markerfacecolor() for marker in markers] == ["white", plotting.COLORS[0], "white"]
+    assert markers[2].get_color() == plotting.GREY
+    _, _, (bars,) = axes.containers[0]
+    assert np.ptp(bars.get_segments()[0][:, 1]) / 2 == pytest.approx(np.std([2.0, 2.2], ddof=1))
+
+
+@pytest.mark.parametrize(
+    ("draw", "line"),
+    [
+        (lambda axes: plotting.plot_losses(axes, {"a": []}), "'a' has no loss, expected one for each step"),
+        (lambda axes: plotting.plot_losses(axes, {"a": [1.0]}, window=0), "window is 0, expected a number of steps"),
+        (lambda axes: plotting.plot_utilisation(axes, np.ones((2, 3)), "ab", "abcd"), "2 groups and 4 units"),
+        (lambda axes: plotting.plot_groups(axes, np.ones((6, 6)), (0, 0, 1)), "the map 3 layers, expected"),
+        (lambda axes: plotting.plot_gates(axes, [], {"level_1": np.ones((0, 2, 2))}), "no step was logged"),
+        (lambda axes: plotting.plot_text(axes, "ab", [1.0, 2.0], columns=0), "0 columns, expected at least 1"),
+        (lambda axes: plotting.plot_text(axes, "ab", [1.0, np.nan]), "nan for a character, expected at least 1"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_line(axes, draw, line):
+    with pytest.raises(ValueError, match=line):
+        draw(axes)
+
+
+def test_perfect_accuracies_are_bright(axes):
+    plotting.plot_accuracies(axes, [[1.0, np.nan], [1.0, 1.0]], ["a", "b"])
+    red, green, _, _ = axes.images[0].to_rgba(100.0)
+    assert min(red, green) > 0.8
+    assert {text.get_color() for text in axes.texts} == {"black"}

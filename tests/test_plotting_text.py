@@ -21,7 +21,7 @@ def test_every_character_lies_on_its_value():
     light = [to_hex(sign.get_color()) == "#ffffff" for sign in axes.texts]
     assert light == [True, False, False, False, True, False, False]  # on a dark ground
     assert not any(sign.get_parse_math() for sign in axes.texts)  # a $ is a character
-    assert len(axes.lines) == 2  # underlined
+    assert [line.get_xydata().tolist() for line in axes.lines] == [[[n, 0.93], [n + 1, 0.93]] for n in (0, 1)]
 
 
 def test_limits_are_the_callers_or_hold_all_values():

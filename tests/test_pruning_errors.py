@@ -33,6 +33,17 @@ RAGGED = dataclasses.replace(C, heads=(2, 1), head_width=4)
 NAN = float("nan")
 
 
+@dataclasses.dataclass  # not frozen, and so without a hash
+class Thawed:
+    bias: float = 0.0
+
+    def gates(self, key, logits, temperature=1.0):
+        return logits
+
+    def open(self, logits):
+        return logits
+
+
 def made(model, tokens=TOKENS, **more):
     """Only shapes: it refuses before anything is computed."""
     return jax.eval_shape(lambda: model.init(KEY, tokens, **more))
@@ -47,6 +58,8 @@ def made(model, tokens=TOKENS, **more):
         (lambda: Gated(C, blocks=3), "blocks is 3, which does not divide the feed-forward width 8; choose 2 or 4"),
         (lambda: Gated(C, blocks=0), "blocks is 0, which does not divide the feed-forward width 8"),
         (lambda: Gated(C, choice=TopK(3)), "keep is 3, above the number of units, 2; keep 2 or fewer"),
+        (lambda: Gated(C, choice=GumbelSigmoid), "choice is .*GumbelSigmoid.*, expected one such as GumbelSigmoid"),
+        (lambda: Gated(C, choice=Thawed()), "choice is Thawed.*, which has no hash; make its class frozen"),
         (lambda: Gated(C, choice=TopK(1), prune=("layers",)), "TopK chooses among the units .*; use GumbelSigmoid"),
         (lambda: Gated(C, per="sequence", after=2), "after is 2, expected a layer of 0 to 1"),
         (lambda: Gated(C, per="batch", prompt=0), "prompt is 0, expected 1 or more: a decoder decides from"),

@@ -81,7 +81,7 @@ def plot_accuracies(axes: Axes, matrix: np.ndarray, names: Sequence[str], lowest
         axes: to draw on.
         matrix: [T, T] of shares; NaN where nothing was measured.
         names: of the tasks, T.
-        lowest: the accuracy of the darkest colour, in percent; by default the tens below the least.
+        lowest: the accuracy of the darkest colour, in percent; by default the tens below the least, at most 90.
 
     Returns:
         The axes, whose image is `axes.images[0]`, in percent.
@@ -89,9 +89,10 @@ def plot_accuracies(axes: Axes, matrix: np.ndarray, names: Sequence[str], lowest
     Raises:
         ValueError: not one name for each task.
     """
+    matrix = np.asarray(matrix, np.float64)
     if np.shape(matrix) != (len(names), len(names)):
         raise ValueError(f"the matrix has shape {list(np.shape(matrix))}, and there are {len(names)} names of tasks")
-    low = 10 * np.floor(10 * np.nanmin(matrix)) if lowest is None else lowest
+    low = min(10 * float(np.floor(10 * np.nanmin(matrix))), 90.0) if lowest is None else lowest
     axes.imshow(100 * matrix, cmap="cividis", vmin=low, vmax=100)
     for (row, column), value in np.ndenumerate(100 * matrix):
         if np.isfinite(value):

@@ -1,4 +1,4 @@
-"""Pictures of pruning: quality against cost, what opens for which input, compute along a text.
+"""Pictures of pruning: quality against cost, and what opens for which input.
 
 G groups of inputs, U units, S seeds.
 """
@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from hyperjax.plotting.base import COLORS, GREY, MARKERS, plain
+from hyperjax.plotting.base import GREY, MARKERS, color, plain
 
 
 def plot_tradeoff(
     axes: Axes, points: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]], xlabel: str, ylabel: str
 ) -> Axes:
     """Draws quality against cost: a marker for each budget, with deviations over seeds both ways, joined by method.
+
+    Methods named "dense", "small", "thin" or "random..." are what the others are compared with: grey and dashed.
 
     Args:
         axes: to draw on.
@@ -32,7 +34,7 @@ def plot_tradeoff(
         if not found:
             continue
         number = learned.index(name) if name in learned else [n for n in points if _reference(n)].index(name)
-        color = COLORS[number % len(COLORS)] if name in learned else GREY
+        hue = color(number) if name in learned else GREY
         marker = MARKERS[number % len(MARKERS)]
         x, y = ([float(np.mean(pair[i])) for pair in found] for i in (0, 1))
         dx, dy = ([_deviation(pair[i]) for pair in found] for i in (0, 1))
@@ -41,10 +43,10 @@ def plot_tradeoff(
             y,
             xerr=dx,
             yerr=dy,
-            color=color,
+            color=hue,
             marker=marker,
             markersize=6,
-            markerfacecolor=color if name in learned else "white",
+            markerfacecolor=hue if name in learned else "white",
             linewidth=1.2,
             elinewidth=1,
             capsize=2,
@@ -68,7 +70,14 @@ def plot_utilisation(axes: Axes, openness: np.ndarray, groups: Sequence[str], un
 
     Returns:
         The axes, whose image is `axes.images[0]`.
+
+    Raises:
+        ValueError: not one name for each group and each unit.
     """
+    openness = np.asarray(openness)
+    if openness.shape != (len(groups), len(units)):
+        found = f"{len(groups)} groups and {len(units)} units"
+        raise ValueError(f"openness has shape {list(openness.shape)} for {found}, expected [G, U]")
     axes.imshow(openness, vmin=0, vmax=1, cmap="cividis", aspect="auto", interpolation="nearest")
     axes.set_yticks(range(len(groups)), groups, fontsize=8)
     named = [i for i, unit in enumerate(units) if unit]

@@ -88,8 +88,10 @@ def plot_gates(
         The axes.
 
     Raises:
-        ValueError: there is no level, or one has another number of steps.
+        ValueError: there is no step or no level, or a level has another number of steps.
     """
+    if not len(steps):
+        raise ValueError("no step was logged, expected one or more")
     flat = {level: np.asarray(values).reshape(len(values), -1) for level, values in history.items()}
     wrong = [level for level, values in flat.items() if len(values) != len(steps)]
     if not flat or wrong:

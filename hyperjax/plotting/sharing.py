@@ -4,12 +4,13 @@ L layers, S seeds.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from hyperjax.plotting.base import COLORS, GREY, MARKERS, plain
+from hyperjax.plotting.base import COLORS, GREY, MARKERS, color, plain
 
 
 def plot_groups(axes: Axes, similarity: np.ndarray, layer_map: Sequence[int]) -> Axes:
@@ -23,16 +24,21 @@ def plot_groups(axes: Axes, similarity: np.ndarray, layer_map: Sequence[int]) ->
 
     Returns:
         The axes; the matrix is its first image.
+
+    Raises:
+        ValueError: the matrix is not [L, L].
     """
-    layers = len(layer_map)
+    similarity, layers = np.asarray(similarity), len(layer_map)
+    if not layers or similarity.shape != (layers, layers):
+        raise ValueError(f"the matrix has shape {list(similarity.shape)} and the map {layers} layers, expected [L, L]")
     lowest = np.floor(10 * np.min(similarity)) / 10  # similar layers differ little
     axes.imshow(similarity, vmin=min(lowest, 0.9), vmax=1, cmap="Greys")
     shared = [n for n in dict.fromkeys(layer_map) if list(layer_map).count(n) > 1]
     for i in range(layers):
         for j in range(layers):
             if layer_map[i] == layer_map[j] and layer_map[i] in shared:
-                color = COLORS[shared.index(layer_map[i]) % len(COLORS)]
-                box = Rectangle((j - 0.44, i - 0.44), 0.88, 0.88, fill=False, edgecolor=color, linewidth=2)
+                hue = color(shared.index(layer_map[i]))
+                box = Rectangle((j - 0.44, i - 0.44), 0.88, 0.88, fill=False, edgecolor=hue, linewidth=2)
                 axes.add_patch(box)
     axes.set_xticks(range(layers), [str(l + 1) for l in range(layers)], fontsize=8)
     axes.set_yticks(range(layers), [str(l + 1) for l in range(layers)], fontsize=8)
@@ -42,8 +48,11 @@ def plot_groups(axes: Axes, similarity: np.ndarray, layer_map: Sequence[int]) ->
     return axes
 
 
-def plot_networks(axes: Axes, points: Mapping[str, tuple[float, np.ndarray]], xlabel: str, ylabel: str) -> Axes:
-    """Draws a marker for each network, with its deviation over seeds; those converted from a teacher are filled.
+def plot_networks(axes: Axes, points: Mapping[str, tuple[float, Any]], xlabel: str, ylabel: str) -> Axes:
+    """Draws a marker for each network, with its deviation over seeds.
+
+    A name that begins with "to_", of one converted from a teacher, is filled, in the colour of the name after it;
+    "random" is grey.
 
     Args:
         axes: to draw on.
@@ -57,14 +66,14 @@ def plot_networks(axes: Axes, points: Mapping[str, tuple[float, np.ndarray]], xl
     kinds = list(dict.fromkeys(name.removeprefix("to_") for name in points))
     for name, (x, quality) in points.items():
         number, filled = kinds.index(name.removeprefix("to_")), name.startswith("to_")
-        color = GREY if name.removeprefix("to_") == "random" else COLORS[number % len(COLORS)]
+        hue, quality = GREY if name.removeprefix("to_") == "random" else color(number), np.asarray(quality)
         axes.errorbar(
             [x],
             [quality.mean()],
             yerr=[quality.std(ddof=1)] if len(quality) > 1 else None,
-            color=color,
+            color=hue,
             marker=MARKERS[(number // len(COLORS) + number) % len(MARKERS)],
-            markerfacecolor=color if filled else "white",
+            markerfacecolor=hue if filled else "white",
             markersize=7,
             capsize=2,
             linestyle="none",

@@ -40,11 +40,14 @@ def plot_text(
         The axes, whose image is `axes.images[0]`.
 
     Raises:
-        ValueError: there is no text, or not one number for each character.
+        ValueError: there is no text, not one finite number for each character, or no column.
     """
     if not len(text) or len(text) != len(values):
         raise ValueError(f"{len(values)} numbers for {len(text)} characters, expected one for each, and at least one")
     values = np.asarray(values, np.float64)
+    if columns < 1 or not np.isfinite(values).all():
+        found = f"{columns} columns" if columns < 1 else f"{values[~np.isfinite(values)][0]} for a character"
+        raise ValueError(f"{found}, expected at least 1 column and finite numbers")
     low, high = limits or (values.min(), values.max())
     norm = Normalize(low, max(high, low + 1e-12))
     # Perceptually uniform; without its black end, on which no two values can be told apart behind text.
@@ -77,7 +80,8 @@ def plot_text(
 
 def text_size(text: Sequence[str], columns: int, size: float = 8.0) -> tuple[float, float]:
     """Width and height in inches of axes on which `plot_text` fits."""
-    return (columns + 1) * size * CELL, (lay_out(text, columns)[-1][0] + 1) * size * LINE
+    lines = lay_out(text, columns)[-1][0] + 1 if len(text) else 1
+    return (columns + 1) * size * CELL, lines * size * LINE
 
 
 def lay_out(symbols: Sequence[str], columns: int) -> list[tuple[int, int]]:

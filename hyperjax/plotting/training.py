@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
-from hyperjax.plotting.base import COLORS, plain
+from hyperjax.plotting.base import COLORS, color, plain
 from hyperjax.training import series
 
 
@@ -74,9 +74,16 @@ def plot_losses(axes: Axes, losses: Mapping[str, Sequence[float] | np.ndarray], 
 
     Returns:
         The axes.
+
+    Raises:
+        ValueError: a network has no loss, or the window is below 1 step.
     """
+    if window < 1:
+        raise ValueError(f"window is {window}, expected a number of steps of at least 1")
     for number, (name, values) in enumerate(losses.items()):
-        values, hue = np.asarray(values), COLORS[number % len(COLORS)]
+        values, hue = np.asarray(values), color(number)
+        if not len(values):
+            raise ValueError(f"{name!r} has no loss, expected one for each step")
         width = min(window, len(values))
         smooth = np.convolve(values, np.full(width, 1 / width), "valid")
         axes.plot(values, color=hue, lw=0.5, alpha=0.25)

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hyperjax.pruning.choices import Choice, GumbelSigmoid
+from hyperjax.pruning.choices import Choice, GumbelSigmoid, TopK
 from hyperjax.pruning.flops import costs, share
 from hyperjax.pruning.routers import Router, Static, after_prompt, check_per, mask_options, pool, seeded
 from hyperjax.transformer import Config, Decoder, Encoder, Gates
@@ -64,7 +64,11 @@ class Gated(nn.Module):
         odd = [name for name in self.prune if name not in PRUNABLE]
         if odd or not self.prune:
             raise ValueError(f"prune is {self.prune}, expected some of {', '.join(PRUNABLE)}")
-        if hasattr(self.choice, "number"):
+        try:
+            hash(self.choice)
+        except TypeError as error:
+            raise ValueError(f"choice is {self.choice!r}, which has no hash; make its class frozen") from error
+        if isinstance(self.choice, TopK):
             for name in self.prune:
                 self.choice.number(self._units(name))
             if "layers" in self.prune:
