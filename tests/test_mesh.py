@@ -33,7 +33,7 @@ def start(folder, steps, devices, *options, variables=()):
 
 
 def flags(devices):
-    return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    return f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
 
 
 def together(folder, steps, devices, mesh, number):
