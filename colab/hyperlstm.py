@@ -149,9 +149,9 @@ show(figure)
 # %% [markdown]
 # ## Penn Treebank, and the size of the paper
 #
-# `data.load_corpus("ptb", data_dir)` reads the three files `ptb.train.txt`, `ptb.valid.txt` and `ptb.test.txt` as
-# characters; the rest of this notebook stays as it is. The rows of the paper's Table 3, as it
-# describes them, are `recurrent.PAPER_MODELS`, and one command trains one on an accelerator:
+# `data.load_corpus("ptb")` fetches Penn Treebank, or reads `ptb.train.txt`, `ptb.valid.txt` and `ptb.test.txt` from
+# `data_dir`, as characters; the rest of this notebook stays as it is. The rows of the paper's Table 3 are
+# `recurrent.PAPER_MODELS`, and one command trains one of them on an accelerator:
 #
 #     python experiments/char_lm.py --preset paper --model ln_hyper_lstm --data-dir DIR --workdir runs/paper
 #

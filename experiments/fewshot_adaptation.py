@@ -248,7 +248,7 @@ def report(rows: list[dict[str, Any]], label: str, touched: dict[str, int]) -> d
     return figures
 
 
-def plot(rows: list[dict[str, Any]], family: Any, title: str, path: Any) -> None:
+def draw(rows: list[dict[str, Any]], family: Any, title: str, path: Any) -> None:
     """Draws the error of each way over the number of shots: a dot for each new task, and their mean."""
     from hyperjax import plotting
 
@@ -282,7 +282,7 @@ def run(config: Config, workdir: training.Workdir, started: float) -> dict[str, 
     rows = compare(config, family, Learners(family, hyper, variables, config.start))
     figures = report(rows, family.label, {"z": config.embedding_dim, "finetune": size, "scratch": size})
     title = f"New tasks ({config.tasks}): {config.embedding_dim} numbers to find, or {size:,} weights"
-    plot(rows, family, title, workdir.path / "fewshot.png")
+    draw(rows, family, title, workdir.path / "fewshot.png")
     seconds += time.perf_counter() - began
     environment = training.environment(__file__, variables["params"], config.seed, seconds)
     return {"tasks": config.tasks, "valid_error": valid_error, "params_target": size, **figures, **environment}

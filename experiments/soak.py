@@ -202,7 +202,7 @@ def run(config: Config, workdir: training.Workdir, started: float) -> dict[str, 
                 lines.write(at, **rows[-1])
                 training.say(" ".join(f"{name} {value:.1f}" for name, value in rows[-1].items()))
     rows.append(measure(began, epoch, compilations))
-    plot(rows, config, workdir.path / "soak.png")
+    draw(rows, config, workdir.path / "soak.png")
     stats = soak.cache.stats()
     return {
         **verdict(rows, config, first),
@@ -248,7 +248,7 @@ def verdict(rows: list[dict[str, float]], config: Config, first: int) -> dict[st
     }
 
 
-def plot(rows: list[dict[str, float]], config: Config, path: Path) -> None:
+def draw(rows: list[dict[str, float]], config: Config, path: Path) -> None:
     """Draws the resident memory over time."""
     from hyperjax import plotting
 

@@ -12,7 +12,7 @@ import pytest
 
 import hyperjax
 
-WINGS = ("hypernet", "recurrent", "routing", "pruning", "sharing", "transformer", "training", "data")
+WINGS = ("hypernet", "recurrent", "routing", "pruning", "sharing", "transformer", "training", "data", "plotting")
 LISTED = ("hyperjax", *(f"hyperjax.{name}" for name in WINGS))
 WHOLE = ("hyperjax.estimators", "hyperjax.budget", "hyperjax.initializers")  # without an `__all__`
 HOME = Path(hyperjax.__file__).parent
