@@ -1,6 +1,6 @@
 """The notebooks: each is what its text makes, and runs from top to bottom without an error or a warning."""
 
-import sys
+import importlib.util
 from pathlib import Path
 
 import nbclient
@@ -8,9 +8,11 @@ import nbformat
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "colab"
-sys.path.insert(0, str(FOLDER))
-from make import SOURCES, made, written  # noqa: E402
-
+# By its path: on the list of folders to import from, the notebooks' texts would hide scripts of the same names.
+spec = importlib.util.spec_from_file_location("make_notebooks", FOLDER / "make.py")
+make = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make)
+SOURCES, made, written = make.SOURCES, make.made, make.written
 PICTURES = 4  # at least
 
 
