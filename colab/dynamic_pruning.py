@@ -112,12 +112,13 @@ for axes, values, name in zip(panels, (gates.heads, gates.blocks), ("head", "blo
     layers, _, _, units = values.shape
     flat = np.asarray(values).transpose(1, 2, 0, 3).reshape(len(text), layers * units)
     openness = np.array([flat[chosen].mean(0) for chosen in where.values()])
+    low, high = openness.mean(1).min(), openness.mean(1).max()
     plotting.plot_utilisation(axes, openness, list(where), [f"{n % units + 1}" for n in range(layers * units)])
     for layer in range(1, layers):
         axes.axvline(layer * units - 0.5, color="white", lw=2)
     axes.set(
         xlabel=f"{name} of layer 1, of layer 2, of layer 3",
-        title=f"{name.capitalize()}s that are open, by the character read",
+        title=f"{name.capitalize()}s open: {low:.0%} to {high:.0%}, by the character read",
     )
 figure.colorbar(panels[0].images[0], ax=panels, label="share of characters")
 show(figure)
@@ -202,7 +203,11 @@ figure, (one, two) = subplots(1, 2, (8, 2.8))
 x = [100 * left[target] for target in seconds]
 one.plot(x, [seconds[1.0] / seconds[target] for target in seconds], "o-", color=COLORS[0], label="measured")
 one.plot(x, [1 / left[target] for target in seconds], ":", color=plotting.GREY, label="if only operations counted")
-one.set(xlabel="% of the operations", ylabel="times as fast", title="Time follows the operations, or not")
+one.set(
+    xlabel="% of the operations",
+    ylabel="times as fast",
+    title=f"At {x[-1]:.0f} % of the operations {seconds[1.0] / seconds[0.25]:.1f} times as fast",
+)
 one.legend(frameon=False)
 two.plot(x, [bits[target] for target in seconds], "s-", color=COLORS[1])
 two.set(xlabel="% of the operations", ylabel="bits per character", title="What it costs (and training gains)")

@@ -197,7 +197,7 @@ ids = np.random.default_rng(1).integers(0, TASKS, 2000)
 x = np.random.default_rng(2).uniform(-5, 5, (2000, 1)).astype(np.float32)
 apart = jax.jit(lambda z, x: hyper.apply(variables, x, z=z))(table[ids], x)
 wanted = sine(settings[ids], x[:, None])[:, 0]
-figure, axes = subplots(size=(3.6, 3.2))
+figure, axes = subplots(size=(4.4, 3.4))
 axes.plot(wanted, apart, ".", ms=2, color=COLORS[0])
 axes.plot([-3, 3], [-3, 3], color="0.6", lw=1, ls=":")
 axes.set(xlabel="the task's own sine", ylabel="answer", title="2,000 samples, each by its own network")

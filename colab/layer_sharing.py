@@ -165,7 +165,9 @@ for number, (size, after, before) in enumerate(results.values()):
 for axes in (left, right):
     axes.set_xticks(range(len(names)), names, rotation=20)
     plotting.plain(axes)
-left.set(ylabel="parameters (thousands)", title="What is stored")
+left.set(
+    ylabel="parameters (thousands)", title=f"With sharing {results['pairs'][0] / results['unshared'][0]:.0%} are stored"
+)
 right.set(ylabel="bits per character", title="Just converted (line), and 100 steps later (dot)")
 show(figure)
 
