@@ -92,7 +92,7 @@ for name, chosen in together.items():
     found[name] = [float(learn(net, seed=seed)[1]["wave"]) for seed in range(3)]
 
 # %%
-figure, axes = subplots(size=(6, 2.8))
+figure, axes = subplots(size=(6.6, 2.8))
 for number, losses in enumerate(found.values()):
     axes.plot([number] * len(losses), losses, "o", color=COLORS[0], alpha=0.5)
     axes.plot([number - 0.2, number + 0.2], [np.mean(losses)] * 2, color=COLORS[1], lw=2)
@@ -100,7 +100,7 @@ axes.set(yscale="log", xlim=(-0.5, 2.5), ylabel="test error of wave (squared)")
 axes.set_xticks(range(len(found)), found)
 means = {name: np.mean(losses) for name, losses in found.items()}
 ratios = [means[name] / means["alone"] for name in ("with bump", "with other")]
-axes.set_title("Error beside bump {:.1f} times, beside other {:.1f} times as large (3 seeds, means)".format(*ratios))
+axes.set_title("Beside bump {:.1f}, beside other {:.1f} times the error (3 seeds)".format(*ratios))
 show(plotting.plain(axes).figure)
 
 # %% [markdown]
