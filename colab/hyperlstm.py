@@ -39,7 +39,7 @@ import optax
 
 import hyperjax as hj
 from hyperjax import data, plotting, recurrent, training
-from hyperjax.plotting import COLORS, show, subplots
+from hyperjax.plotting import show, subplots
 from hyperjax.recurrent.dynamics import generated_scales, scale_changes
 
 print(training.device())
@@ -79,13 +79,9 @@ trained = {name: learn(model) for name, model in models.items()}
 
 # %%
 figure, axes = subplots(size=(6, 2.8))
-for (name, (params, bits)), color in zip(trained.items(), (COLORS[1], COLORS[0]), strict=True):
-    smooth = np.convolve(bits, np.full(15, 1 / 15), "valid")
-    axes.plot(
-        np.arange(len(smooth)) + 15, smooth, color=color, lw=2, label=f"{name}, {training.count(params):,} parameters"
-    )
-axes.set(xlabel="step", ylabel="bits per character", ylim=(1.5, 5))
-axes.legend(frameon=False)
+curves = {f"{name}, {training.count(params):,} parameters": bits for name, (params, bits) in trained.items()}
+plotting.plot_losses(axes, curves, window=15)
+axes.set(ylabel="bits per character", ylim=(1.5, 5))
 axes.set_title(
     "In the end: " + ", ".join(f"{name} {bits[-50:].mean():.2f} bits" for name, (_, bits) in trained.items())
 )

@@ -37,7 +37,7 @@ import numpy as np
 import optax
 
 import hyperjax as hj
-from hyperjax import hypernet, training
+from hyperjax import hypernet, plotting, training
 from hyperjax.plotting import COLORS, shade, show, subplots
 
 print(training.device())
@@ -129,11 +129,9 @@ variables, losses = {"params": state.params}, np.array(losses)
 
 # %%
 figure, axes = subplots(size=(6, 2.6))
-axes.semilogy(losses, color="0.8", lw=0.5)
-smooth = np.convolve(losses, np.full(50, 1 / 50), "valid")
-axes.semilogy(np.arange(len(smooth)) + 50, smooth, color=COLORS[0], lw=2)
-axes.set(xlabel="step", ylabel="mean squared error")
-axes.set_title(f"100 sines from one network that makes networks: error {smooth[-1]:.3f}")
+plotting.plot_losses(axes, {"": losses}, window=50)
+axes.set(yscale="log", ylabel="mean squared error")
+axes.set_title(f"100 sines from one network that makes networks: error {losses[-50:].mean():.3f}")
 show(figure)
 
 # %% [markdown]
