@@ -84,11 +84,11 @@ def draw_compute(texts: Mapping[str, np.ndarray], text: str, path: Path, title: 
     if not texts:
         return
     width, height = plotting.text_size(text, 96)
-    figure, panels = plotting.subplots(
-        len(texts), 1, (width + 1.4, 0.5 + len(texts) * (0.4 + height)), title, squeeze=False
-    )
+    size = (width + 1.4, 0.5 + len(texts) * (0.4 + height))
+    figure, panels = plotting.subplots(len(texts), 1, size, title, squeeze=False)
+    limits = min(map(np.min, texts.values())), max(map(np.max, texts.values()))  # of all, so that they compare
     for axes, (name, compute) in zip(panels[:, 0], texts.items(), strict=True):
-        plotting.plot_text(axes, text, compute, columns=96)
+        plotting.plot_text(axes, text, compute, columns=96, limits=limits)
         axes.set_title(f"{name.replace('_', ' ')}", loc="left", fontsize=9)
-        figure.colorbar(axes.images[0], ax=axes, label="share of dense", shrink=0.9, pad=0.01)
+    figure.colorbar(axes.images[0], ax=panels, label="share of dense", shrink=0.9, pad=0.01)
     plotting.save(figure, path)

@@ -49,7 +49,7 @@ def plot_text(
         found = f"{columns} columns" if columns < 1 else f"{values[~np.isfinite(values)][0]} for a character"
         raise ValueError(f"{found}, expected at least 1 column and finite numbers")
     low, high = limits or (values.min(), values.max())
-    norm = Normalize(low, max(high, low + 1e-12))
+    norm = Normalize(low, high if high > low else low + 0.1 * (abs(low) or 1.0))
     # Perceptually uniform; without its black end, on which no two values can be told apart behind text.
     colors = LinearSegmentedColormap.from_list("text", matplotlib.colormaps["magma_r"](np.linspace(0, 0.82, 256)))
     places = lay_out(text, columns)
